@@ -1,0 +1,92 @@
+"""The experiments that `--config` names, each built from another by `replace`.
+
+Hyper-parameters are those of the chapter's listings ("Deep Learning with Azure", chapter 6).
+A docstring's first line is what `--help` prints.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from cnn_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, nearest
+from cnn_jax.errors import UserError
+
+_BLOCK1, _BLOCK2, _BLOCK3 = (64, 64), (128, 128), (256, 256, 256)
+
+
+def quickstart() -> Config:
+    """A small CNN on scikit-learn's bundled digits: no download, under two minutes."""
+    return Config(
+        name="quickstart",
+        model=ModelConfig(name="vgg", blocks=((16, 16), (32, 32)), dense=(128,), dropout=0.25),
+        optim=OptimConfig(learning_rate=0.02, schedule="cosine"),
+        train=TrainConfig(epochs=12, batch_size=64),
+    )
+
+
+def simple_cnn() -> Config:
+    """Listing 6-1: two convolutions and a dense layer, 3 epochs. Chapter: 64% test accuracy."""
+    return Config(
+        name="simple_cnn",
+        data=DataConfig(name="cifar10"),
+        model=ModelConfig(name="simple_cnn", blocks=((50, 50),), dense=(512,)),
+        optim=OptimConfig(name="momentum", learning_rate=0.01, momentum=0.9),
+        train=TrainConfig(epochs=3, batch_size=64),
+    )
+
+
+def vgg1() -> Config:
+    """Model 1 (6-11): one VGG block, 20 epochs. Chapter: 72.1%, train reaches 100%."""
+    base = simple_cnn()
+    return replace(
+        base,
+        name="vgg1",
+        model=ModelConfig(name="vgg", blocks=(_BLOCK1,), dense=(4096, 4096)),
+        train=replace(base.train, epochs=20),
+    )
+
+
+def vgg2() -> Config:
+    """Model 2 (6-12): two VGG blocks, 10 epochs. Chapter's notebook: 75.5%."""
+    base = vgg1()
+    return replace(
+        base,
+        name="vgg2",
+        model=replace(base.model, blocks=(_BLOCK1, _BLOCK2)),
+        train=replace(base.train, epochs=10),
+    )
+
+
+def vgg3() -> Config:
+    """Model 3 (6-13): three VGG blocks, 10 epochs. Chapter's notebook: 76%."""
+    base = vgg2()
+    return replace(base, name="vgg3", model=replace(base.model, blocks=(_BLOCK1, _BLOCK2, _BLOCK3)))
+
+
+def vgg_dropout() -> Config:
+    """Model 4 (6-14): three VGG blocks with dropout 0.5, 10 epochs. Chapter: 80%."""
+    base = vgg3()
+    return replace(base, name="vgg_dropout", model=replace(base.model, dropout=0.5))
+
+
+CONFIGS: dict[str, Callable[[], Config]] = {
+    make.__name__: make for make in (quickstart, simple_cnn, vgg1, vgg2, vgg3, vgg_dropout)
+}
+
+
+def get(name: str) -> Config:
+    """Returns the config of that name.
+
+    Raises:
+        UserError: no config has the name; the message has the nearest that does.
+    """
+    if name not in CONFIGS:
+        known = ", ".join(CONFIGS)
+        raise UserError(f"unknown config {name}{nearest(name, CONFIGS)}; known: {known}")
+    return CONFIGS[name]()
+
+
+def listing() -> str:
+    """Returns one line a config: its name and the first line of its docstring."""
+    return "\n".join(
+        f"  {name:<12} {(make.__doc__ or '').splitlines()[0]}" for name, make in CONFIGS.items()
+    )

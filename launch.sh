@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Sets up .venv on the first call, then runs the project with what is in it.
+#
+#   ./launch.sh                                  the main job on the bundled data set
+#   ./launch.sh vgg_dropout --set=train.epochs=3 another config, with flags of cnn_jax.main
+#   ./launch.sh --mode=summary --config=vgg3     flags alone
+#   ./launch.sh test [pytest arguments]          the tests
+#   ./launch.sh --cuda ...                       install for an NVIDIA GPU (automatic where one is)
+#
+# PYTHON names the interpreter that .venv is made with (default: python3).
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=$root/.venv
+
+extras=()
+if [[ ${1:-} == --cuda ]]; then
+    extras+=(cuda)
+    shift
+elif nvidia-smi -L >/dev/null 2>&1; then
+    extras+=(cuda)
+fi
+[[ ${1:-} != test ]] || extras+=(dev)
+
+# Installs the package with an extra ("" for none) unless it is there for these requirements.
+install() {
+    local stamp=$venv/.installed-${1:-base}
+    local wanted
+    wanted=$(cat "$root/requirements.txt" "$root/pyproject.toml" | cksum)
+    [[ -f $stamp && $(cat "$stamp") == "$wanted" ]] && return
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+            echo "error: Python 3.11 or newer is needed; set PYTHON to one" >&2
+            exit 2
+        }
+        "${PYTHON:-python3}" -m venv --clear "$venv"
+    fi
+    echo "installing cnn_jax${1:+[$1]} into $venv (once) ..." >&2
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --editable "$root${1:+[$1]}" || {
+        echo "error: the installation failed; see above, then run this again" >&2
+        exit 1
+    }
+    echo "$wanted" >"$stamp"
+}
+
+install ""
+for extra in "${extras[@]}"; do install "$extra"; done
+
+if [[ ${1:-} == test ]]; then
+    shift
+    cd "$root"
+    exec "$venv/bin/python" -m pytest "$@"
+fi
+if [[ $# -gt 0 && $1 != -* ]]; then
+    config=$1
+    shift
+    set -- "--config=$config" "$@"
+fi
+exec "$venv/bin/python" -m cnn_jax.main "$@"
