@@ -1,0 +1,84 @@
+"""From uint8 pixels to what the network sees, on the device: pure functions of images and a key."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt8
+
+
+def normalize(
+    images: UInt8[Array, "batch height width channels"],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Array, "batch height width channels"]:
+    """Returns (pixels / 255 - mean) / std in float32, channel by channel."""
+    scaled = images.astype(jnp.float32) / 255
+    if not any(mean) and set(std) == {1.0}:
+        return scaled
+    shape = (1, 1, 1, len(mean))
+    return (scaled - jnp.reshape(jnp.array(mean), shape)) / jnp.reshape(jnp.array(std), shape)
+
+
+def flip(
+    images: Float[Array, "batch height width channels"], key: Key[Array, ""]
+) -> Float[Array, "batch height width channels"]:
+    """Mirrors each image left to right with probability 1/2."""
+    mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
+    return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def translate(
+    images: Float[Array, "batch height width channels"], key: Key[Array, ""], pixels: int
+) -> Float[Array, "batch height width channels"]:
+    """Shifts each image by whole numbers drawn from {-pixels..pixels}^2, reflecting at the border.
+
+    `pixels` must be smaller than the height and the width.
+    """
+    n, height, width, _ = images.shape
+    shifts = jax.random.randint(key, (n, 2, 1), -pixels, pixels + 1)
+    rows = _reflect(jnp.arange(height)[None] + shifts[:, 0], height)
+    columns = _reflect(jnp.arange(width)[None] + shifts[:, 1], width)
+    images = jnp.take_along_axis(images, rows[:, :, None, None], axis=1)
+    return jnp.take_along_axis(images, columns[:, None, :, None], axis=2)
+
+
+def _reflect(index: Array, size: int) -> Array:
+    """Folds indices that lie up to size - 1 outside [0, size) back in, edges not repeated."""
+    index = jnp.abs(index)
+    return jnp.where(index >= size, 2 * (size - 1) - index, index)
+
+
+def cutout(
+    images: Float[Array, "batch height width channels"], key: Key[Array, ""], side: int
+) -> Float[Array, "batch height width channels"]:
+    """Zeroes a square of `side` pixels around a random centre, clipped at the border.
+
+    The centre is any pixel of the image (DeVries and Taylor, 2017, section 3.2). Zero is the mean
+    colour where `normalize` was given the mean, and black otherwise.
+    """
+    n, height, width, _ = images.shape
+    centre = jax.random.randint(key, (n, 2, 1), 0, jnp.array([[[height], [width]]]))
+    start = centre - side // 2
+    rows, columns = jnp.arange(height)[None], jnp.arange(width)[None]
+    in_rows = (rows >= start[:, 0]) & (rows < start[:, 0] + side)
+    in_columns = (columns >= start[:, 1]) & (columns < start[:, 1] + side)
+    hidden = in_rows[:, :, None, None] & in_columns[:, None, :, None]
+    return jnp.where(hidden, 0.0, images)
+
+
+def augment(
+    images: Float[Array, "batch height width channels"],
+    key: Key[Array, ""],
+    *,
+    flip_images: bool,
+    translate_pixels: int,
+    cutout_side: int,
+) -> Float[Array, "batch height width channels"]:
+    """Applies the chosen changes in the order flip, translate, cutout, each with its own key."""
+    flip_key, translate_key, cutout_key = jax.random.split(key, 3)
+    if flip_images:
+        images = flip(images, flip_key)
+    if translate_pixels:
+        images = translate(images, translate_key, translate_pixels)
+    if cutout_side:
+        images = cutout(images, cutout_key, cutout_side)
+    return images

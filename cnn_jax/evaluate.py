@@ -1,0 +1,80 @@
+"""Logits of a whole split, and what is counted from them on the host, once."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from cnn_jax import augment
+
+# Large enough to fill the cores, small enough that activations of VGG stay in a few hundred MB.
+BATCH_SIZE = 250
+
+
+@partial(jax.jit, static_argnames=("model", "mean", "std"))
+def _batched_logits(
+    model: nn.Module,
+    variables: Any,
+    batches: jax.Array,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> jax.Array:
+    def forward(images: jax.Array) -> jax.Array:
+        return model.apply(variables, augment.normalize(images, mean, std))  # pyright: ignore
+
+    return jax.lax.map(forward, batches)
+
+
+def logits(
+    model: nn.Module,
+    variables: Any,
+    images: UInt8[np.ndarray, "n height width 3"],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[np.ndarray, "n classes"]:
+    """Returns the float32 logits of every image, dropout off, running statistics in use."""
+    n = len(images)
+    batch_size = min(BATCH_SIZE, n)
+    n_batches = -(-n // batch_size)
+    padded = np.zeros((n_batches * batch_size, *images.shape[1:]), np.uint8)
+    padded[:n] = images
+    batches = jnp.asarray(padded.reshape(n_batches, batch_size, *images.shape[1:]))
+    out = _batched_logits(model, variables, batches, mean=mean, std=std)
+    return np.asarray(out).reshape(n_batches * batch_size, -1)[:n]
+
+
+def softmax(values: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
+    """Returns probabilities for logits, in float64."""
+    shifted = np.exp(values.astype(np.float64) - values.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network makes of a labelled split."""
+
+    loss: float
+    """Mean of the training loss, label smoothing included, dropout off."""
+    accuracy: float
+    """Share of images whose largest logit is that of the label, in [0, 1]."""
+    confusion: Int[np.ndarray, "classes classes"]
+    """Number of images by label (row) and prediction (column)."""
+
+
+def score(
+    values: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"], losses: Any
+) -> Evaluation:
+    """Counts logits against labels; `losses(logits, labels)` gives one value an example."""
+    n_classes = values.shape[1]
+    predicted = values.argmax(axis=1)
+    confusion = np.zeros((n_classes, n_classes), np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    each = np.asarray(losses(values, labels), np.float64)
+    return Evaluation(float(each.mean()), float(np.mean(predicted == labels)), confusion)

@@ -1,0 +1,166 @@
+"""The chapter's networks as linen modules whose layers have explicit, stable names.
+
+Names are what summaries, checkpoints and patterns speak of: "block1/conv1", "fc1", "head".
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cnn_jax import layers, trees
+from cnn_jax.config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "tanh": nn.tanh,
+    "sigmoid": nn.sigmoid,
+}
+
+# What tf.layers starts from, and so the chapter; the biases of linen start at zero as well.
+_KERNEL_INIT = nn.initializers.glorot_uniform()
+
+
+def _convolution(width: int, dtype: Any, name: str) -> nn.Conv:
+    return nn.Conv(
+        width,
+        (3, 3),
+        padding="SAME",
+        dtype=dtype,
+        kernel_init=_KERNEL_INIT,
+        conv_general_dilated=layers.conv_general_dilated,
+        name=name,
+    )
+
+
+class Classifier(nn.Module):
+    """Flatten, then hidden dense layers `fc1`, `fc2`, ... with dropout, then the linear `head`.
+
+    A base class, so that the layers are named at the top of the network that inherits them.
+    """
+
+    n_classes: int
+    dense: tuple[int, ...]
+    activation: str = "relu"
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    def classify(self, x: Float[Array, "batch height width channels"], train: bool) -> Array:
+        """Returns float32 logits [batch, classes] for a batch of feature maps."""
+        x = x.reshape((x.shape[0], -1))
+        for i, width in enumerate(self.dense, start=1):
+            x = nn.Dense(width, dtype=self.dtype, kernel_init=_KERNEL_INIT, name=f"fc{i}")(x)
+            x = ACTIVATIONS[self.activation](x)
+            if self.dropout:
+                x = nn.Dropout(self.dropout, name=f"dropout{i}")(x, deterministic=not train)
+        head = nn.Dense(self.n_classes, dtype=self.dtype, kernel_init=_KERNEL_INIT, name="head")
+        return head(x).astype(jnp.float32)
+
+
+class SimpleCNN(Classifier):
+    """Listing 6-1: convolutions `conv1`, `conv2`, ..., one max pool, then the classifier."""
+
+    widths: tuple[int, ...] = (50, 50)
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Returns logits; `train` turns dropout on and needs a "dropout" key."""
+        x = images.astype(self.dtype)
+        for i, width in enumerate(self.widths, start=1):
+            x = ACTIVATIONS[self.activation](_convolution(width, self.dtype, f"conv{i}")(x))
+        return self.classify(layers.MaxPool(name="pool")(x), train)
+
+
+class VGGBlock(nn.Module):
+    """3x3 convolutions `conv1`, `conv2`, ... of one resolution, ended by a 2x2 max pool."""
+
+    widths: tuple[int, ...]
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
+        """Returns feature maps of half the height and width, rounded down."""
+        for i, width in enumerate(self.widths, start=1):
+            x = ACTIVATIONS[self.activation](_convolution(width, self.dtype, f"conv{i}")(x))
+        return layers.MaxPool(name="pool")(x)
+
+
+class VGG(Classifier):
+    """Blocks `block1`, `block2`, ... of 3x3 convolutions (Simonyan and Zisserman, 2015)."""
+
+    blocks: tuple[tuple[int, ...], ...] = ((64, 64),)
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Returns logits; `train` turns dropout on and needs a "dropout" key."""
+        x = images.astype(self.dtype)
+        for i, widths in enumerate(self.blocks, start=1):
+            x = VGGBlock(widths, self.activation, self.dtype, name=f"block{i}")(x)
+        return self.classify(x, train)
+
+
+def build(config: ModelConfig, n_classes: int) -> Classifier:
+    """Returns the linen module that a config describes."""
+    common = {
+        "n_classes": n_classes,
+        "dense": config.dense,
+        "activation": config.activation,
+        "dropout": config.dropout,
+        "dtype": jnp.dtype(config.dtype),
+    }
+    if config.name == "simple_cnn":
+        return SimpleCNN(widths=config.blocks[0], **common)
+    return VGG(blocks=config.blocks, **common)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One row of a network's table; `flops` are those of one image's forward pass."""
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
+    params: int
+    flops: int
+
+
+def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> list[LayerSummary]:
+    """Returns the layers of `model` in the order they run, without computing anything.
+
+    A multiplication and an addition count as two FLOPs; biases, activations and pooling, under 1%
+    of the work, are not counted.
+    """
+    rows: list[LayerSummary] = []
+
+    def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        outputs = next_fun(*args, **kwargs)
+        module = context.module
+        if context.method_name == "__call__" and not isinstance(module, Classifier | VGGBlock):
+            params = module.variables.get("params", {})
+            kernel_size = params["kernel"].size if "kernel" in params else 0
+            shape = tuple(outputs.shape[1:])
+            rows.append(
+                LayerSummary(
+                    name="/".join(module.path),
+                    kind=type(module).__name__,
+                    output_shape=shape,
+                    params=trees.param_count(params),
+                    flops=2 * math.prod(shape[:-1]) * kernel_size,
+                )
+            )
+        return outputs
+
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(model.init, jax.random.key(0), images)
+    return rows

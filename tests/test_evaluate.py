@@ -1,0 +1,42 @@
+"""Evaluation: no image lost to padding, and counts against literal values."""
+
+import jax
+import numpy as np
+import pytest
+
+from cnn_jax import augment, evaluate, losses, models
+from cnn_jax.config import ModelConfig
+
+MODEL = models.build(ModelConfig(name="vgg", blocks=((4,),), dense=(8,)), 3)
+IMAGES = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3)).astype(np.uint8)
+UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 250])
+def test_logits_of_padded_batches_are_those_of_each_image(monkeypatch, batch_size: int):
+    monkeypatch.setattr(evaluate, "BATCH_SIZE", batch_size)
+    variables = MODEL.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    expected = MODEL.apply(variables, augment.normalize(IMAGES, **UNIT))
+    found = evaluate.logits(MODEL, variables, IMAGES, **UNIT)
+    assert found.shape == (11, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_logits_use_mean_and_std():
+    variables = MODEL.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    moved = evaluate.logits(MODEL, variables, IMAGES, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    assert not np.allclose(moved, evaluate.logits(MODEL, variables, IMAGES, **UNIT), atol=1e-3)
+
+
+def test_score_counts_what_is_right_and_what_is_taken_for_what():
+    logits = np.array([[2, 0, 0], [0, 2, 0], [2, 0, 0], [0, 0, 2]], np.float32)
+    result = evaluate.score(logits, np.array([0, 1, 1, 2], np.int32), losses.cross_entropy)
+    right, wrong = np.log(1 + 2 * np.exp(-2)), np.log(2 + np.exp(2))
+    assert result.accuracy == 0.75
+    np.testing.assert_allclose(result.loss, (3 * right + wrong) / 4, rtol=1e-6)
+    np.testing.assert_array_equal(result.confusion, [[1, 0, 0], [1, 1, 0], [0, 0, 1]])
+
+
+def test_softmax_is_safe_for_large_logits():
+    found = evaluate.softmax(np.array([[1000.0, 1000.0], [0.0, np.log(3)]], np.float32))
+    np.testing.assert_allclose(found, [[0.5, 0.5], [0.25, 0.75]], rtol=1e-6)

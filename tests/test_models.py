@@ -1,0 +1,154 @@
+"""The networks: parameter counts of the chapter, layer names, and what each field changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax import configs, models, trees
+from cnn_jax.config import ModelConfig
+
+CIFAR = (32, 32, 3)
+SMALL = ModelConfig(name="vgg", blocks=((4, 4), (8,)), dense=(16, 12))
+IMAGES = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
+
+
+def rows(config: ModelConfig, shape: tuple[int, int, int] = CIFAR) -> list[models.LayerSummary]:
+    return models.summarize(models.build(config, 10), shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("simple_cnn", 6_583_192),
+        ("vgg1", 83_973_962),
+        ("vgg2", 50_640_970),
+        ("vgg3", 35_339_082),
+        ("vgg_dropout", 35_339_082),
+    ],
+)
+def test_parameter_counts_of_the_chapter(name: str, count: int):
+    model = models.build(configs.get(name).model, 10)
+    images = jnp.zeros((1, *CIFAR))
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    assert trees.param_count(params) == count
+    assert sum(row.params for row in models.summarize(model, CIFAR)) == count
+
+
+def test_layers_of_simple_cnn():
+    found = [(r.name, r.kind, r.output_shape) for r in rows(configs.get("simple_cnn").model)]
+    assert found == [
+        ("conv1", "Conv", (32, 32, 50)),
+        ("conv2", "Conv", (32, 32, 50)),
+        ("pool", "MaxPool", (16, 16, 50)),
+        ("fc1", "Dense", (512,)),
+        ("head", "Dense", (10,)),
+    ]
+
+
+def test_layers_of_vgg_dropout():
+    found = [(r.name, r.output_shape) for r in rows(configs.get("vgg_dropout").model)]
+    assert found == [
+        ("block1/conv1", (32, 32, 64)),
+        ("block1/conv2", (32, 32, 64)),
+        ("block1/pool", (16, 16, 64)),
+        ("block2/conv1", (16, 16, 128)),
+        ("block2/conv2", (16, 16, 128)),
+        ("block2/pool", (8, 8, 128)),
+        ("block3/conv1", (8, 8, 256)),
+        ("block3/conv2", (8, 8, 256)),
+        ("block3/conv3", (8, 8, 256)),
+        ("block3/pool", (4, 4, 256)),
+        ("fc1", (4096,)),
+        ("dropout1", (4096,)),
+        ("fc2", (4096,)),
+        ("dropout2", (4096,)),
+        ("head", (10,)),
+    ]
+
+
+def test_flops_are_two_for_each_multiplication():
+    by_name = {row.name: row.flops for row in rows(configs.get("simple_cnn").model)}
+    assert by_name["conv1"] == 2 * 32 * 32 * 3 * 3 * 3 * 50
+    assert by_name["conv2"] == 2 * 32 * 32 * 3 * 3 * 50 * 50
+    assert by_name["fc1"] == 2 * 16 * 16 * 50 * 512
+    assert by_name["pool"] == 0
+
+
+def test_kernels_start_glorot_uniform_and_biases_at_zero():
+    params = models.build(SMALL, 10).init(jax.random.key(0), IMAGES)["params"]
+    for name, leaf in trees.named_leaves(params).items():
+        if name.endswith("bias"):
+            assert not np.any(leaf)
+            continue
+        receptive = int(np.prod(leaf.shape[:-2]))
+        limit = np.sqrt(6 / (receptive * (leaf.shape[-2] + leaf.shape[-1])))
+        assert 0.85 * limit < np.abs(leaf).max() <= limit, name
+
+
+def by_hand(params: dict, images: np.ndarray, activation) -> np.ndarray:
+    """SMALL written out with lax and numpy."""
+    x = images
+    for block, convs in (("block1", ("conv1", "conv2")), ("block2", ("conv1",))):
+        for conv in convs:
+            p = params[block][conv]
+            x = jax.lax.conv_general_dilated(
+                x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = activation(x + p["bias"].reshape(1, 1, 1, -1))
+        n, h, w, c = x.shape
+        x = np.asarray(x).reshape(n, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+    x = x.reshape(len(x), -1)
+    for name in ("fc1", "fc2"):
+        x = activation(x @ params[name]["kernel"] + params[name]["bias"][None])
+    return x @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("relu", lambda x: np.maximum(x, 0)),
+        ("tanh", np.tanh),
+        ("sigmoid", lambda x: 1 / (1 + np.exp(-x))),
+    ],
+)
+def test_forward_equals_the_network_written_out(name, function):
+    config = ModelConfig(name="vgg", blocks=SMALL.blocks, dense=SMALL.dense, activation=name)
+    model = models.build(config, 10)
+    variables = model.init(jax.random.key(0), IMAGES)
+    expected = by_hand(variables["params"], np.asarray(IMAGES), function)
+    np.testing.assert_allclose(model.apply(variables, IMAGES), expected, atol=2e-6)
+
+
+def test_dropout_acts_in_training_only_and_follows_its_key():
+    config = ModelConfig(name="vgg", blocks=SMALL.blocks, dense=SMALL.dense, dropout=0.5)
+    model = models.build(config, 10)
+    variables = models.build(SMALL, 10).init(jax.random.key(0), IMAGES)
+
+    def apply(seed: int) -> np.ndarray:
+        rngs = {"dropout": jax.random.key(seed)}
+        return np.asarray(model.apply(variables, IMAGES, train=True, rngs=rngs))
+
+    plain = models.build(SMALL, 10).apply(variables, IMAGES)
+    np.testing.assert_array_equal(model.apply(variables, IMAGES), plain)
+    np.testing.assert_array_equal(apply(1), apply(1))
+    assert not np.array_equal(apply(1), apply(2))
+    assert not np.array_equal(apply(1), plain)
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
+    config = ModelConfig(name="vgg", blocks=SMALL.blocks, dense=SMALL.dense, dtype="bfloat16")
+    model = models.build(config, 10)
+    variables = model.init(jax.random.key(0), IMAGES)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
+    logits = model.apply(variables, IMAGES)
+    exact = models.build(SMALL, 10).apply(variables, IMAGES)
+    assert logits.dtype == jnp.float32
+    assert not np.array_equal(logits, exact)
+    np.testing.assert_allclose(logits, exact, atol=0.05)
+
+
+def test_summarize_computes_nothing_and_leaves_grayscale_to_the_caller():
+    shapes = [row.output_shape for row in rows(SMALL, (9, 9, 1))]
+    assert shapes[0] == (9, 9, 4)
+    assert shapes[2] == (4, 4, 4)

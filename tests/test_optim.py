@@ -1,0 +1,116 @@
+"""Schedules against literal values, and optimizers against steps computed by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnn_jax import optim
+from cnn_jax.config import OptimConfig
+
+PARAMS = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])}
+GRADS = [
+    {"kernel": jnp.array([0.1, 0.2]), "bias": jnp.array([-1.0])},
+    {"kernel": jnp.array([0.3, -0.4]), "bias": jnp.array([2.0])},
+]
+
+
+def run(config: OptimConfig, grads: list = GRADS) -> dict[str, np.ndarray]:
+    """Returns the parameters after one update per gradient."""
+    tx = optim.make_optimizer(config, optim.make_schedule(config, 10, 1))
+    params, state = PARAMS, tx.init(PARAMS)
+    for grad in grads:
+        updates, state = tx.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    return jax.tree.map(np.asarray, params)
+
+
+def rates(config: OptimConfig, steps: list[int]) -> list[float]:
+    """Returns the learning rates of a run of 10 epochs of 10 steps."""
+    schedule = optim.make_schedule(config, 10, 10)
+    return [float(schedule(step)) for step in steps]
+
+
+def test_constant_schedule():
+    assert rates(OptimConfig(learning_rate=0.5), [0, 50, 99]) == [0.5, 0.5, 0.5]
+
+
+def test_cosine_schedule():
+    config = OptimConfig(learning_rate=0.8, schedule="cosine", final_fraction=0.25)
+    np.testing.assert_allclose(rates(config, [0, 50, 100]), [0.8, 0.5, 0.2], rtol=1e-6)
+
+
+def test_linear_schedule_after_warmup():
+    config = OptimConfig(learning_rate=1.0, schedule="linear", warmup_epochs=2, final_fraction=0.2)
+    values = rates(config, [0, 5, 20, 60, 100])
+    np.testing.assert_allclose(values, [0.0, 0.25, 1.0, 0.6, 0.2], rtol=1e-6)
+
+
+def test_piecewise_schedule_counts_from_the_start_of_training():
+    config = OptimConfig(
+        learning_rate=1.0,
+        schedule="piecewise",
+        warmup_epochs=1,
+        boundaries=(3.0, 5.5),
+        decay_factor=0.1,
+    )
+    values = rates(config, [5, 10, 29, 31, 54, 56, 99])
+    np.testing.assert_allclose(values, [0.5, 1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-6)
+
+
+def test_piecewise_boundaries_that_round_to_one_step_both_count():
+    config = OptimConfig(learning_rate=1.0, schedule="piecewise", boundaries=(3.0, 3.01))
+    np.testing.assert_allclose(rates(config, [29, 31]), [1.0, 0.01], rtol=1e-6)
+
+
+def test_momentum_step_by_hand():
+    # v1 = g1; v2 = 0.9 g1 + g2; params - 0.1 (v1 + v2).
+    params = run(OptimConfig(learning_rate=0.1, momentum=0.9))
+    np.testing.assert_allclose(params["kernel"], [1 - 0.1 * 0.49, -2 - 0.1 * -0.02], rtol=1e-6)
+    np.testing.assert_allclose(params["bias"], [0.5 - 0.1 * (-1 - 0.9 + 2)], rtol=1e-6)
+
+
+def test_plain_sgd_step_by_hand():
+    params = run(OptimConfig(name="sgd", learning_rate=0.1))
+    np.testing.assert_allclose(params["kernel"], [1 - 0.04, -2 + 0.02], rtol=1e-6)
+
+
+def test_nesterov_step_by_hand():
+    # update = g + 0.9 v with v the new velocity.
+    params = run(OptimConfig(name="nesterov", learning_rate=0.1, momentum=0.9), GRADS[:1])
+    np.testing.assert_allclose(params["kernel"], [1 - 0.019, -2 - 0.038], rtol=1e-6)
+
+
+def test_adam_first_step_has_the_size_of_the_learning_rate():
+    params = run(OptimConfig(name="adam", learning_rate=0.1), GRADS[:1])
+    np.testing.assert_allclose(params["kernel"], [0.9, -2.1], rtol=1e-5)
+    np.testing.assert_allclose(params["bias"], [0.6], rtol=1e-5)
+
+
+def test_adamw_decays_kernels_apart_from_the_gradient():
+    params = run(OptimConfig(name="adamw", learning_rate=0.1, weight_decay=0.5), GRADS[:1])
+    np.testing.assert_allclose(params["kernel"], [0.9 - 0.05, -2.1 + 0.1], rtol=1e-5)
+    np.testing.assert_allclose(params["bias"], [0.6], rtol=1e-5)
+
+
+def test_rmsprop_first_step_by_hand():
+    # The mean square starts at 0, so it is 0.1 g^2 after a step: g / sqrt(0.1 g^2) = 1 / sqrt(0.1).
+    params = run(OptimConfig(name="rmsprop", learning_rate=0.01), GRADS[:1])
+    np.testing.assert_allclose(params["kernel"][0], 1 - 0.01 / np.sqrt(0.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["momentum", "sgd", "nesterov", "adam", "rmsprop"])
+def test_weight_decay_is_added_to_kernel_gradients_only(name: str):
+    decay = run(OptimConfig(name=name, weight_decay=0.3), GRADS[:1])
+    moved = {"kernel": GRADS[0]["kernel"] + 0.3 * PARAMS["kernel"], "bias": GRADS[0]["bias"]}
+    by_hand = run(OptimConfig(name=name), [moved])
+    np.testing.assert_allclose(decay["kernel"], by_hand["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(decay["bias"], by_hand["bias"])
+
+
+def test_clipping_scales_the_whole_gradient_to_the_norm():
+    grads = {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([4.0])}
+    params = run(OptimConfig(name="sgd", learning_rate=1.0, clip_norm=1.0), [grads])
+    np.testing.assert_allclose(params["kernel"], [1 - 0.6, -2], rtol=1e-6)
+    np.testing.assert_allclose(params["bias"], [0.5 - 0.8], rtol=1e-6)
