@@ -1,0 +1,204 @@
+"""Checkpoints through orbax, each with content hashes of its own.
+
+A checkpoint is a flat dict of arrays by name ("params.fc1.kernel") and a JSON record. Orbax writes
+to a temporary folder and renames it, so a killed save leaves no half checkpoint; but it does not
+notice bits that change on disk later, hence the SHA-256 of every array that a restore compares.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_utils import construct_restore_args
+
+from cnn_jax import trees
+from cnn_jax.errors import UserError, one_line
+
+
+class CheckpointError(Exception):
+    """A checkpoint on disk that is damaged, in one line."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was read back from one checkpoint."""
+
+    step: int
+    arrays: dict[str, Any]
+    """By dotted name; only those that were asked for."""
+    record: dict[str, Any]
+
+    def subtree(self, name: str) -> dict[str, Any]:
+        """Returns the arrays below a name as nested dicts; an empty dict where there are none."""
+        prefix = name + "."
+        flat = {n.removeprefix(prefix): a for n, a in self.arrays.items() if n.startswith(prefix)}
+        return flax.traverse_util.unflatten_dict(flat, sep=".")
+
+
+class Checkpoints:
+    """The checkpoints of one kind ("latest" or "best") below a workdir.
+
+    Args:
+        workdir: the run's folder.
+        kind: the folder's name below `checkpoints/`.
+        keep: how many are kept, newest first; None opens the folder for reading only.
+    """
+
+    def __init__(self, workdir: Path, kind: str, keep: int | None = None) -> None:
+        self.folder = Path(os.path.abspath(workdir)) / "checkpoints" / kind
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=keep is not None,
+            read_only=keep is None,
+            cleanup_tmp_directories=keep is not None,
+            # Donated buffers are overwritten by the next segment, so a save ends before it starts.
+            enable_async_checkpointing=False,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the checkpoints on disk, rising."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Writes the arrays of `state` and a JSON `record`; one of the same step is replaced."""
+        arrays = _flat(state)
+        described = {
+            name: {**_describe(leaf), "sha256": trees.sha256({name: leaf})}
+            for name, leaf in arrays.items()
+        }
+        meta = {"record": record, "arrays": described}
+        if step in self.steps():
+            self._manager.delete(step)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays),
+            meta=ocp.args.JsonSave({**meta, "sha256": _json_sha256(meta)}),
+        )
+        self._manager.save(step, args=args, force=True)
+
+    def read(self, step: int, wanted: Callable[[str], bool]) -> Loaded:
+        """Returns the arrays saved at `step` whose dotted names are `wanted`, hashes compared.
+
+        Raises:
+            CheckpointError: unreadable, incomplete, or changed on disk.
+        """
+        where = self.folder / str(step)
+        try:
+            meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+            digest = meta.pop("sha256")
+            described = {n: d for n, d in meta["arrays"].items() if wanted(n)}
+            if digest != _json_sha256(meta):
+                raise ValueError("the content hash of its record differs")
+            arrays = self._read_arrays(step, described)
+            for name, description in described.items():
+                if trees.sha256({name: arrays[name]}) != description["sha256"]:
+                    raise ValueError(f"the content hash of {name} differs")
+        except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
+            raise CheckpointError(f"{where} is damaged: {one_line(error)[:200]}") from None
+        return Loaded(step, arrays, meta["record"])
+
+    def _read_arrays(self, step: int, described: dict[str, Any]) -> dict[str, Any]:
+        # Orbax fits arrays to whatever target it is given, so the target is what was saved.
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        targets = {
+            name: jax.ShapeDtypeStruct(d["shape"], d["dtype"], sharding=sharding)
+            for name, d in described.items()
+        }
+        args = ocp.args.PyTreeRestore(
+            item=targets, restore_args=construct_restore_args(targets), partial_restore=True
+        )
+        return self._restore(step, state=args)["state"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def newest(self, warn: Callable[[str], None], wanted: Callable[[str], bool]) -> Loaded | None:
+        """Returns what `read` gives for the newest whole checkpoint, or None without any.
+
+        Damaged ones are named through `warn` and passed over.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.read(step, wanted)
+            except CheckpointError as error:
+                warn(f"{error}; passed over")
+        return None
+
+    def restore_newest(
+        self, template: Any, warn: Callable[[str], None]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Returns the newest whole checkpoint as a tree like `template`, and its record, or None.
+
+        Raises:
+            UserError: it does not hold exactly the template's arrays, by name, shape and dtype.
+        """
+        loaded = self.newest(warn, lambda name: True)
+        if loaded is None:
+            return None
+        found = {name: _describe(leaf) for name, leaf in loaded.arrays.items()}
+        expected = {name: _describe(leaf) for name, leaf in _flat(template).items()}
+        if found != expected:
+            raise UserError(f"{self.folder / str(loaded.step)} {_mismatch(found, expected)}")
+        restored = trees.map_named(lambda name, _: loaded.arrays[_dotted(name)], template)
+        return restored, loaded.record
+
+
+def load(workdir: Path, kind: str, wanted: Callable[[str], bool]) -> Loaded:
+    """Returns the newest checkpoint of a kind, for use outside training; never a damaged one.
+
+    Raises:
+        UserError: there is none, or the newest is damaged.
+    """
+    folder = workdir / "checkpoints" / kind
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint: {folder} does not exist; train with this --workdir first")
+    with Checkpoints(workdir, kind) as store:
+        if not store.steps():
+            raise UserError(f"no checkpoint in {folder}; train with this --workdir first")
+        try:
+            return store.read(store.steps()[-1], wanted)
+        except CheckpointError as error:
+            raise UserError(f"{error}; remove it, or train with this --workdir again") from None
+
+
+def _dotted(name: str) -> str:
+    return name.replace("/", ".")
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {_dotted(name): leaf for name, leaf in trees.named_leaves(tree).items()}
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _mismatch(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Says which arrays a checkpoint and the network do not share, at most three a side."""
+
+    def only(a: dict[str, Any], b: dict[str, Any]) -> str:
+        names = [f"{n} {a[n]['shape']} {a[n]['dtype']}" for n in a if a[n] != b.get(n)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return ", ".join(names[:3]) + more if names else "nothing else"
+
+    return (
+        f"was made by another network or optimizer: it holds {only(found, expected)}, "
+        f"and this config needs {only(expected, found)}"
+    )
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

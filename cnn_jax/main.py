@@ -1,0 +1,111 @@
+"""Convolutional image classifiers in JAX: train, evaluate, inspect and use them.
+
+python -m cnn_jax.main --config=NAME [--set=section.field=value ...] [--workdir=DIR] [--mode=MODE]
+"""
+
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags
+
+from cnn_jax import config, configs
+from cnn_jax.config import Config
+from cnn_jax.errors import UserError
+from cnn_jax.stop import Stopped
+
+MODES = ("train", "evaluate", "summary", "predict")
+
+_CONFIG = flags.DEFINE_string(
+    "config", "quickstart", f"The experiment, one of:\n{configs.listing()}"
+)
+_SET = flags.DEFINE_multi_string(
+    "set",
+    [],
+    "A field to change, as section.field=value; may be repeated. Fields:\n  "
+    + " ".join(config.all_fields()),
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder. Default: runs/CONFIG, with the changed fields in its name."
+)
+_MODE = flags.DEFINE_string(
+    "mode",
+    "train",
+    "train: train, or resume, and evaluate on the test set once; "
+    "evaluate: evaluate a workdir's network again; "
+    "summary: print layers, shapes, parameters and FLOPs; "
+    "predict: classify the image files and folders named after the flags.",
+)
+_CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint",
+    None,
+    ["latest", "best"],
+    "Which parameters evaluate and predict use. Default: those the run reported on.",
+)
+_JSON = flags.DEFINE_bool("json", False, "Print predictions as JSON.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs one mode."""
+    mode = _MODE.value
+    if mode not in MODES:
+        raise UserError(f"--mode={mode}: expected {'|'.join(MODES)}{config.nearest(mode, MODES)}")
+    if argv[1:] and mode != "predict":
+        raise UserError(f"unexpected argument {argv[1]}; fields are changed by --set=field=value")
+    base = configs.get(_CONFIG.value)
+    if mode in ("evaluate", "predict") and _WORKDIR.value and not _CONFIG.present:
+        base = config.load(Path(_WORKDIR.value) / "config.json")
+    wanted = config.with_overrides(base, _SET.value)
+    workdir = Path(_WORKDIR.value or default_workdir(wanted, _SET.value))
+
+    from cnn_jax import modes  # imports JAX, so it waits until the flags are known to be right
+
+    modes.set_up_jax(wanted)
+    if mode == "train":
+        modes.train(wanted, workdir)
+    elif mode == "summary":
+        modes.summary(wanted)
+    elif mode == "evaluate":
+        modes.evaluate(wanted, workdir, _CHECKPOINT.value or "")
+    else:
+        modes.predict(wanted, workdir, _CHECKPOINT.value or "", argv[1:], _JSON.value)
+
+
+def default_workdir(wanted: Config, overrides: list[str]) -> str:
+    """Returns runs/NAME, followed by the overrides that make the run another one."""
+    location = ("data.dir=", "data.cache_dir=")
+    changed = [o.replace("/", "_") for o in overrides if not o.startswith(location)]
+    return "runs/" + "-".join([wanted.name, *changed])
+
+
+def run() -> None:
+    """The command: every mistake of the user's is one line on stderr and exit code 2."""
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            _fail(str(error).splitlines()[0])
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted; nothing was left half done", file=sys.stderr)
+            sys.exit(130)
+        except Stopped as stopped:
+            print(f"{stopped}; the same command resumes", file=sys.stderr)
+            sys.exit(stopped.exit_code)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,129 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, and its progress on the terminal."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+# Without a terminal, a line at every epoch's end and otherwise at most this often.
+_PLAIN_SECONDS = 20.0
+
+
+class RunLog:
+    """Writes one line a step to metrics.jsonl, and shows the run to whoever watches.
+
+    A line has `step`, `loss`, `accuracy` and `learning_rate`; that of a segment's last step has
+    `images_per_second` too, and that of an epoch's last step `epoch`, `train_loss`,
+    `train_accuracy` and, with a validation split, `validation_loss` and `validation_accuracy`.
+    """
+
+    def __init__(self, workdir: Path, console: Console | None = None) -> None:
+        self._path = workdir / "metrics.jsonl"
+        self._events = workdir / "tensorboard"
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
+        self._console.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        """Prints a line that the user should act on."""
+        self.say(f"warning: {line}")
+
+    @contextlib.contextmanager
+    def running(self, step: int, total_steps: int, steps_per_epoch: int) -> Iterator[None]:
+        """Keeps the files open and the bar shown, from `step` steps on.
+
+        Lines that an earlier process wrote beyond `step` are dropped: they will come again.
+        """
+        self._open(step, total_steps, steps_per_epoch)
+        try:
+            yield
+        finally:
+            self._close()
+
+    def _open(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        _truncate(self._path, step)
+        self._file = self._path.open("a")
+        self._writer = SummaryWriter(str(self._events), purge_step=step + 1)
+        self._steps_per_epoch = steps_per_epoch
+        self._epochs = total_steps // steps_per_epoch
+        self._last_plain = time.monotonic()
+        if step:
+            self.say(f"resuming after step {step} of {total_steps}")
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}/" + str(self._epochs)),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%  {task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar.start()
+            epoch = min(step // steps_per_epoch + 1, self._epochs)
+            self._task = self._bar.add_task("", total=total_steps, completed=step, epoch=epoch)
+
+    def segment(self, lines: list[dict[str, Any]], images_per_second: float) -> None:
+        """Records the steps of a segment, one dict each, and shows the last."""
+        last = lines[-1]
+        step = last["step"]
+        last["images_per_second"] = round(images_per_second, 1)
+        self._file.writelines(json.dumps(line) + "\n" for line in lines)
+        for name, value in last.items():
+            if name not in ("step", "epoch"):
+                self._writer.add_scalar(name, value, step)
+        self._show(step, last)
+
+    def _show(self, step: int, last: dict[str, Any]) -> None:
+        epoch = (step - 1) // self._steps_per_epoch + 1
+        loss = last.get("train_loss", last["loss"])
+        accuracy = last.get("train_accuracy", last["accuracy"])
+        text = f"loss {loss:.4f}  accuracy {accuracy:.2%}"
+        if "validation_accuracy" in last:
+            text += f"  validation {last['validation_accuracy']:.2%}"
+        text += f"  {last['images_per_second']:,.0f} images/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text, epoch=epoch)
+        now = time.monotonic()
+        if "train_loss" in last:
+            self.say(f"epoch {epoch}/{self._epochs}  {text}")
+            self._last_plain = now
+        elif not self._bar and now - self._last_plain >= _PLAIN_SECONDS:
+            self.say(f"epoch {epoch}/{self._epochs}  step {step}  {text}")
+            self._last_plain = now
+
+    def flush(self) -> None:
+        """Puts all that was recorded on disk; called before a checkpoint of the same step."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._writer.flush()
+
+    def _close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+        self.flush()
+        self._file.close()
+        self._writer.close()
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drops the lines past `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

@@ -1,0 +1,96 @@
+"""Equal seeds give equal bits: in fresh processes, and through a kill at any moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_main import SMALL, command
+
+STEPS = 2 * 7  # two epochs of 400 images in batches of 64
+RUN = (*SMALL, "--set=train.segment_steps=1", "--set=train.checkpoint_seconds=0")
+
+
+def result(workdir: Path) -> tuple[str, list[dict]]:
+    """Returns the hash of the parameters, and the metrics without what is timed."""
+    summary = json.loads((workdir / "summary.json").read_text())
+    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_second", None)
+    return summary["params_sha256"], lines
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run that nothing disturbed."""
+    cwd = tmp_path_factory.mktemp("whole")
+    assert command(*RUN, "--workdir=run", cwd=cwd).returncode == 0
+    assert len(result(cwd / "run")[1]) == STEPS
+    return cwd / "run"
+
+
+def test_a_fresh_process_gives_the_same_bits(whole: Path, tmp_path: Path):
+    assert command(*RUN, "--workdir=run", cwd=tmp_path).returncode == 0
+    assert result(tmp_path / "run") == result(whole)
+
+
+def test_another_segment_length_gives_the_same_bits(whole: Path, tmp_path: Path):
+    assert (
+        command(*SMALL, "--set=train.segment_steps=5", "--workdir=run", cwd=tmp_path).returncode
+        == 0
+    )
+    assert result(tmp_path / "run") == result(whole)
+
+
+def test_another_seed_gives_other_bits(whole: Path, tmp_path: Path):
+    assert command(*RUN, "--set=seed=1", "--workdir=run", cwd=tmp_path).returncode == 0
+    assert result(tmp_path / "run")[0] != result(whole)[0]
+
+
+def killed(workdir: Path, at_step: int, signum: int) -> subprocess.Popen[str]:
+    """Starts the run and sends it a signal once it has recorded `at_step` steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cnn_jax.main", *RUN, f"--workdir={workdir}"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") >= at_step:
+            process.send_signal(signum)
+            break
+        time.sleep(0.002)
+    return process
+
+
+def test_kill_and_resume_ends_bitwise_equal(whole: Path, tmp_path: Path):
+    """kill -9 at several moments of one run, some of them inside a save, then a rerun."""
+    workdir = tmp_path / "run"
+    for at_step in (1, 4, 5, 9):
+        process = killed(workdir, at_step, signal.SIGKILL)
+        process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL
+    assert command(*RUN, f"--workdir={workdir}", cwd=tmp_path).returncode == 0
+    assert result(workdir) == result(whole)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_resume_and_resumes(
+    whole: Path, tmp_path: Path, signum: int, code: int
+):
+    workdir = tmp_path / "run"
+    process = killed(workdir, 3, signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert errors.count("\n") == 1
+    assert "the same command resumes" in errors
+    rerun = command(*RUN, f"--workdir={workdir}", cwd=tmp_path)
+    assert "resuming after step" in rerun.stdout
+    assert result(workdir) == result(whole)

@@ -1,0 +1,127 @@
+"""A run's folder: claimed by one process and one config, summarised, and read back."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_train import edit, quiet
+
+from cnn_jax import config as configuration
+from cnn_jax import evaluate, runs, train, trees
+from cnn_jax.config import Config
+from cnn_jax.data import ImageDataset
+from cnn_jax.errors import UserError
+
+
+def finish(config: Config, dataset: ImageDataset, workdir: Path) -> dict:
+    with runs.claim(workdir, config):
+        return runs.run(config, dataset, workdir, quiet(workdir))
+
+
+def test_a_workdir_is_claimed_by_one_process_at_a_time(tiny: Config, tmp_path: Path):
+    with (
+        runs.claim(tmp_path / "new/run", tiny),
+        pytest.raises(UserError, match="in use by another process"),
+        runs.claim(tmp_path / "new/run", tiny),
+    ):
+        pass
+    with runs.claim(tmp_path / "new/run", tiny):
+        assert configuration.load(tmp_path / "new/run/config.json") == tiny
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(
+    tiny: Config, workdir: Path
+):
+    with runs.claim(workdir, tiny):
+        pass
+    other = replace(edit(tiny, train={"epochs": 5}), seed=3)
+    with pytest.raises(UserError, match=r"seed: 0 -> 3; train.epochs: 2 -> 5"):
+        runs.check_config(workdir, other)
+    runs.check_config(workdir, edit(tiny, data={"dir": "/elsewhere"}))
+
+
+def test_a_folder_of_other_things_is_refused(tiny: Config, workdir: Path):
+    (workdir / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds other files"), runs.claim(workdir, tiny):
+        pass
+    assert [p.name for p in workdir.iterdir() if p.name != ".lock"] == ["thesis.tex"]
+
+
+def test_a_workdir_that_cannot_be_made_is_one_line(tiny: Config, workdir: Path):
+    (workdir / "file").touch()
+    with pytest.raises(UserError, match="can't be written"), runs.claim(workdir / "file/x", tiny):
+        pass
+
+
+def test_summary_says_what_was_run(tiny: Config, dataset: ImageDataset, workdir: Path):
+    summary = finish(tiny, dataset, workdir)
+    written = json.loads((workdir / "summary.json").read_text())
+    assert written == json.loads(json.dumps(summary)) == runs.finished(workdir)
+    state, progress = train.fit(train.Trainer(tiny, dataset), workdir, quiet(workdir))
+    assert configuration.from_dict(summary["config"]) == tiny
+    assert summary["seed"] == 0
+    assert (summary["epochs"], summary["steps"]) == (2, 6)
+    assert summary["param_count"] == 4 * 28 + 4 * 37 + 8 * 17 + 3 * 9
+    assert summary["params_sha256"] == trees.sha256(state.params)
+    assert summary["seconds"] == progress.seconds
+    np.testing.assert_allclose(summary["images_per_second"], 44 / progress.seconds)
+    assert summary["data"]["counts"] == {"train": 22, "validation": 9, "test": 10}
+    assert {"jax", "flax", "optax", "orbax-checkpoint", "python"} <= set(summary["versions"])
+    assert summary["device"]["platform"] == "cpu"
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert summary["train_accuracy"] == last["train_accuracy"]
+    assert 0 <= summary["test_accuracy"] <= 1
+
+
+def test_the_test_set_is_touched_once(
+    tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
+):
+    seen = []
+    trainer_evaluate = train.Trainer.evaluate
+
+    def counted(self, state, split):
+        seen.append("test" if split is dataset.test else "validation")
+        return trainer_evaluate(self, state, split)
+
+    monkeypatch.setattr(train.Trainer, "evaluate", counted)
+    finish(tiny, dataset, workdir)
+    assert seen == ["validation", "validation", "test"]
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_a_trained_model_gives_the_reported_result(
+    tiny: Config, dataset: ImageDataset, workdir: Path, ema_decay: float
+):
+    config = edit(tiny, train={"ema_decay": ema_decay})
+    summary = finish(config, dataset, workdir)
+    trained = runs.load_trained(workdir, config)
+    assert trees.sha256(trained.variables["params"]) == summary["params_sha256"]
+    assert trained.class_names == ("red", "green", "blue")
+    assert trained.image_shape == (8, 8, 3)
+    logits = evaluate.logits(
+        trained.model,
+        trained.variables,
+        dataset.test.images,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+    accuracy = float(np.mean(logits.argmax(axis=1) == dataset.test.labels))
+    assert accuracy == summary["test_accuracy"]
+
+
+def test_early_stopping_reports_on_the_best(tiny: Config, dataset: ImageDataset, workdir: Path):
+    config = edit(tiny, train={"patience": 1, "epochs": 6})
+    summary = finish(config, dataset, workdir)
+    best, latest = (runs.load_trained(workdir, config, kind) for kind in ("", "latest"))
+    assert trees.sha256(best.variables["params"]) == summary["params_sha256"]
+    assert best.step == summary["best_epoch"] * 3 <= latest.step
+
+
+def test_json_is_written_whole_or_not_at_all(workdir: Path):
+    path = workdir / "value.json"
+    runs.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}

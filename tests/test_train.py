@@ -1,0 +1,304 @@
+"""The training step against the same written out, and what `fit` keeps, resumes and stops on."""
+
+import io
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from cnn_jax import losses, train, trees
+from cnn_jax.checkpoint import Checkpoints
+from cnn_jax.config import Config
+from cnn_jax.data import ImageDataset
+from cnn_jax.errors import UserError
+from cnn_jax.run_log import RunLog
+from cnn_jax.stop import Stopped
+
+
+def quiet(workdir: Path) -> RunLog:
+    return RunLog(workdir, Console(file=io.StringIO()))
+
+
+def edit(config: Config, **sections: dict) -> Config:
+    """Returns `config` with fields of its sections replaced."""
+    return replace(config, **{k: replace(getattr(config, k), **v) for k, v in sections.items()})
+
+
+def run(trainer: train.Trainer, steps: int) -> tuple[train.TrainState, np.ndarray]:
+    """Returns the state and the mean losses after so many steps from the start."""
+    state = trainer.init()
+    trainer.compile(state)
+    seen: list[float] = []
+    while len(seen) < steps:
+        length = min(trainer.segment_length(len(seen)), steps - len(seen))
+        state, history = trainer.run_segment(state, length)
+        seen += (history.sums.loss / history.sums.count).tolist()
+    return state, np.array(seen)
+
+
+def no_dropout(config: Config) -> Config:
+    return edit(config, model={"dropout": 0.0})
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_epoch_uses_every_example_once_and_masks_the_padding():
+    order = train.epoch_order(jax.random.key(0), jnp.int32(0), 22, 8)
+    assert order.shape == (3, 8)
+    flat = np.asarray(order).ravel()
+    assert sorted(flat[:22]) == list(range(22))
+    assert list(flat[22:]) == [-1, -1]
+    assert list(flat[:22]) != list(range(22))
+
+
+def test_the_order_is_a_function_of_key_and_epoch():
+    def order(seed: int, epoch: int) -> np.ndarray:
+        return np.asarray(train.epoch_order(jax.random.key(seed), jnp.int32(epoch), 22, 8))
+
+    np.testing.assert_array_equal(order(0, 1), order(0, 1))
+    assert not np.array_equal(order(0, 1), order(0, 2))
+    assert not np.array_equal(order(0, 1), order(1, 1))
+
+
+def test_a_segment_equals_plain_momentum_sgd_written_out(tiny: Config, dataset: ImageDataset):
+    config = no_dropout(edit(tiny, optim={"learning_rate": 0.1}))
+    trainer = train.Trainer(config, dataset)
+    state, seen = run(trainer, 4)
+
+    @jax.jit
+    @jax.value_and_grad
+    def value_and_grad(params, images, labels):
+        logits = trainer.recipe.model.apply({"params": params}, images)
+        return losses.cross_entropy(logits, labels).mean()
+
+    params = trainer.init().params
+    velocity = jax.tree.map(jnp.zeros_like, params)
+    order_key, _ = jax.random.split(jax.random.split(jax.random.key(config.seed))[1])
+    expected = []
+    for step in range(4):
+        order = train.epoch_order(order_key, jnp.int32(step // 3), 22, 8)[step % 3]
+        index = np.asarray(order)[np.asarray(order) >= 0]
+        images = jnp.asarray(dataset.train.images[index], jnp.float32) / 255
+        value, grads = value_and_grad(params, images, jnp.asarray(dataset.train.labels[index]))
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grads)
+        params = jax.tree.map(lambda p, v: p - 0.1 * v, params, velocity)
+        expected.append(float(value))
+    np.testing.assert_allclose(seen, expected, rtol=1e-5)
+    for name, leaf in trees.named_leaves(params).items():
+        np.testing.assert_allclose(
+            trees.named_leaves(state.params)[name], leaf, atol=2e-6, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_bits_do_not_depend_on_the_segment_length(tiny: Config, dataset: ImageDataset, length: int):
+    whole, _ = run(train.Trainer(edit(tiny, train={"segment_steps": 2}), dataset), 6)
+    other, _ = run(train.Trainer(edit(tiny, train={"segment_steps": length}), dataset), 6)
+    assert trees.sha256(whole) == trees.sha256(other)
+
+
+def test_one_program_serves_every_segment(tiny: Config, dataset: ImageDataset):
+    """Segments of one and two steps and further epochs are run without another compilation."""
+    trainer = train.Trainer(tiny, dataset)
+    state = trainer.init()
+    trainer.compile(state)
+    state, _ = trainer.run_segment(state, 2)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    )
+    for length in (1, 2, 1, 2):
+        state, _ = trainer.run_segment(state, length)
+    assert compiled == []
+    jax.jit(lambda x: x * 3 + 1)(jnp.ones(17))  # the listener does hear compilations
+    assert compiled
+    jax.monitoring.clear_event_listeners()
+
+
+def test_accumulation_gives_the_step_of_the_whole_batch(tiny: Config, dataset: ImageDataset):
+    whole, whole_loss = run(train.Trainer(no_dropout(tiny), dataset), 3)
+    config = edit(no_dropout(tiny), train={"accumulate": 4})
+    parts, parts_loss = run(train.Trainer(config, dataset), 3)
+    np.testing.assert_allclose(parts_loss, whole_loss, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_parts_of_a_batch_drop_different_units(tiny: Config, dataset: ImageDataset):
+    """With one image repeated, equal masks in all parts would give equal losses of the parts."""
+    recipe = train.make_recipe(edit(tiny, train={"accumulate": 2}), 3, 3)
+    state = train.init_state(recipe, jax.random.key(0), (8, 8, 3))
+    images = jnp.repeat(jnp.asarray(dataset.train.images[:1]), 8, axis=0)
+    batch = train.Batch(images, jnp.zeros(8, jnp.int32), jnp.ones(8))
+    halves = jax.tree.map(lambda x: x.at[4:].set(0) if x.ndim == 1 else x, batch)
+    _, both = train.train_step(recipe, state, batch, jax.random.key(1))
+    _, first = train.train_step(recipe, state, halves, jax.random.key(1))
+    assert abs(float(both.loss) - 2 * float(first.loss)) > 1e-4
+
+
+def test_ema_is_the_running_average_of_the_parameters(tiny: Config, dataset: ImageDataset):
+    averaged = train.Trainer(edit(tiny, train={"ema_decay": 0.75}), dataset)
+    plain = train.Trainer(tiny, dataset)
+    kernels = [np.asarray(run(plain, n)[0].params["head"]["kernel"]) for n in (1, 2)]
+    start = np.asarray(plain.init().params["head"]["kernel"])
+    state, _ = run(averaged, 2)
+    expected = 0.75 * (0.75 * start + 0.25 * kernels[0]) + 0.25 * kernels[1]
+    np.testing.assert_allclose(state.ema_params["head"]["kernel"], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(state.params["head"]["kernel"], kernels[1])
+    assert state.eval_variables["params"] is state.ema_params
+
+
+def test_epoch_sums_are_those_of_every_example(tiny: Config, dataset: ImageDataset):
+    state, seen = run(train.Trainer(tiny, dataset), 6)
+    assert float(state.epoch_sums.count) == 22
+    np.testing.assert_allclose(state.epoch_sums.loss, seen[3:] @ [8, 8, 6], rtol=1e-5)
+
+
+def test_seeds_change_the_run(tiny: Config, dataset: ImageDataset):
+    one, two, again = (
+        trees.sha256(run(train.Trainer(replace(tiny, seed=seed), dataset), 3)[0].params)
+        for seed in (1, 2, 1)
+    )
+    assert one == again != two
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_stay_float32(tiny: Config, dataset: ImageDataset, dtype: str):
+    state, _ = run(train.Trainer(edit(tiny, model={"dtype": dtype}), dataset), 1)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "sgd", "nesterov", "adam", "adamw", "rmsprop"])
+def test_every_optimizer_learns(tiny: Config, dataset: ImageDataset, optimizer: str):
+    rate = {"momentum": 0.1, "nesterov": 0.1, "sgd": 0.5}.get(optimizer, 0.01)
+    config = no_dropout(edit(tiny, optim={"name": optimizer, "learning_rate": rate}))
+    _, seen = run(train.Trainer(edit(config, train={"epochs": 20}), dataset), 60)
+    assert seen[-6:].mean() < 0.5 * seen[:3].mean()
+
+
+def test_fit_learns_and_writes_a_line_a_step(tiny: Config, dataset: ImageDataset, workdir: Path):
+    config = edit(tiny, train={"epochs": 15}, optim={"name": "adam", "learning_rate": 0.01})
+    trainer = train.Trainer(no_dropout(config), dataset)
+    state, progress = train.fit(trainer, workdir, quiet(workdir))
+    assert trainer.evaluate(state, dataset.test).accuracy == 1.0
+    written = lines(workdir)
+    assert [line["step"] for line in written] == list(range(1, 46))
+    epochs = [line for line in written if "epoch" in line]
+    assert [line["epoch"] for line in epochs] == list(range(1, 16))
+    assert {"train_loss", "train_accuracy", "validation_loss", "validation_accuracy"} <= set(
+        epochs[0]
+    )
+    assert progress.best_accuracy == max(line["validation_accuracy"] for line in epochs)
+
+
+def test_zero_epochs_return_the_network_as_it_starts(
+    tiny: Config, dataset: ImageDataset, workdir: Path
+):
+    trainer = train.Trainer(edit(tiny, train={"epochs": 0}), dataset)
+    state, _ = train.fit(trainer, workdir, quiet(workdir))
+    assert trees.sha256(state.params) == trees.sha256(trainer.init().params)
+
+
+def test_a_batch_larger_than_the_set_is_padded(tiny: Config, dataset: ImageDataset):
+    state, _ = run(train.Trainer(edit(tiny, train={"batch_size": 64}), dataset), 1)
+    assert float(state.epoch_sums.count) == 22
+
+
+def test_a_signal_saves_and_a_rerun_ends_bitwise_equal(
+    tiny: Config, dataset: ImageDataset, tmp_path: Path, monkeypatch
+):
+    config = edit(tiny, train={"epochs": 3, "ema_decay": 0.9})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    expected, _ = train.fit(train.Trainer(config, dataset), whole, quiet(whole))
+
+    run_segment = train.Trainer.run_segment
+
+    def interrupted(self, state, n_steps):
+        state, history = run_segment(self, state, n_steps)
+        if int(state.step) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state, history
+
+    monkeypatch.setattr(train.Trainer, "run_segment", interrupted)
+    with pytest.raises(Stopped, match="after step 5"):
+        train.fit(train.Trainer(config, dataset), cut, quiet(cut))
+    monkeypatch.undo()
+    state, _ = train.fit(train.Trainer(config, dataset), cut, quiet(cut))
+    assert trees.sha256(state) == trees.sha256(expected)
+
+    def steps(folder: Path) -> list[dict]:
+        timed = lines(folder)
+        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in timed]
+
+    assert steps(cut) == steps(whole)
+
+
+def test_changed_images_are_not_trained_on(tiny: Config, dataset: ImageDataset, workdir: Path):
+    train.fit(train.Trainer(tiny, dataset), workdir, quiet(workdir))
+    images = dataset.train.images.copy()
+    images[0, 0, 0, 0] ^= 1
+    other = replace(dataset, train=replace(dataset.train, images=images))
+    with pytest.raises(UserError, match="images are not those"):
+        train.fit(train.Trainer(tiny, other), workdir, quiet(workdir))
+
+
+def test_early_stopping_returns_the_best_parameters(
+    tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
+):
+    """Validation accuracy, given here, peaks in epoch 2; patience 3 stops after epoch 5."""
+    figures = iter([0.3, 0.6, 0.5, 0.6, 0.4, 0.9])
+    evaluate = train.Trainer.evaluate
+
+    def given(self, state, split):
+        return replace(evaluate(self, state, split), accuracy=next(figures))
+
+    monkeypatch.setattr(train.Trainer, "evaluate", given)
+    config = edit(tiny, train={"epochs": 9, "patience": 3})
+    state, progress = train.fit(train.Trainer(config, dataset), workdir, quiet(workdir))
+    assert lines(workdir)[-1]["step"] == 15
+    assert (progress.best_epoch, progress.best_accuracy) == (2, 0.6)
+    assert int(state.step) == 6
+    expected, _ = run(train.Trainer(config, dataset), 6)
+    assert trees.sha256(state) == trees.sha256(expected)
+
+
+def test_checkpoints_are_saved_in_an_epoch_when_due(
+    tiny: Config, dataset: ImageDataset, workdir: Path
+):
+    config = edit(tiny, train={"checkpoint_seconds": 0.0, "keep_checkpoints": 9})
+    train.fit(train.Trainer(config, dataset), workdir, quiet(workdir))
+    with Checkpoints(workdir, "latest") as store:
+        assert store.steps() == [2, 3, 5, 6]
+    lazy = workdir.parent / "lazy"
+    lazy.mkdir()
+    config = edit(tiny, train={"checkpoint_seconds": 999.0, "keep_checkpoints": 9})
+    train.fit(train.Trainer(config, dataset), lazy, quiet(lazy))
+    with Checkpoints(lazy, "latest") as store:
+        assert store.steps() == [3, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+    tiny: Config, dataset: ImageDataset, workdir: Path
+):
+    config = edit(tiny, optim={"learning_rate": 1e30}, train={"checkpoint_seconds": 0.0})
+    with pytest.raises(UserError, match=r"loss nan at step \d+, learning rate 1e\+30"):
+        train.fit(train.Trainer(config, dataset), workdir, quiet(workdir))
+
+
+def test_optax_updates_are_what_the_state_keeps(tiny: Config, dataset: ImageDataset):
+    """The velocity is one array a parameter, no more: what a step must read and write."""
+    state = train.Trainer(tiny, dataset).init()
+    velocities = optax.tree_utils.tree_get(state.opt_state, "trace")
+    assert trees.param_count(velocities) == trees.param_count(state.params)
