@@ -56,7 +56,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=keep is not None,
-            read_only=keep is None,
             cleanup_tmp_directories=keep is not None,
             # Donated buffers are overwritten by the next segment, so a save ends before it starts.
             enable_async_checkpointing=False,

@@ -86,6 +86,8 @@ def run() -> None:
             return flags.FLAGS(argv)
         except flags.Error as error:
             _fail(str(error).splitlines()[0])
+        except SystemExit:
+            sys.exit(0)  # absl has printed the help that was asked for, and would exit with 1
 
     def guarded(argv: list[str]) -> None:
         try:

@@ -23,7 +23,7 @@ def set_up_jax(config: Config) -> None:
 
     It lies in $JAX_COMPILATION_CACHE_DIR, or else beside the decoded images.
     """
-    logging.set_verbosity(logging.ERROR)  # orbax reports every save at INFO and WARNING
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(data.cache_dir(config.data) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnn_jax.configs import CONFIGS
+
 # Two epochs of a very small network on a part of the digits: seconds, yet it learns something.
 SMALL = (
     "--set=model.blocks=[[4]]",
@@ -81,9 +83,11 @@ def test_no_data_and_no_network_names_the_three_ways(tmp_path: Path):
 
 def test_help_lists_configs_and_fields(tmp_path: Path):
     result = command("--help", cwd=tmp_path)
-    text = " ".join(result.stdout.split())
-    assert "vgg_dropout Model 4 (6-14): three VGG blocks with dropout 0.5" in text
-    assert "optim.learning_rate" in text
+    assert result.returncode == 0
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    for name, make in CONFIGS.items():
+        assert f"{name} {(make.__doc__ or '').splitlines()[0]}" in lines
+    assert "optim.learning_rate" in result.stdout
 
 
 def test_flags_are_checked_without_jax_or_tensorflow(tmp_path: Path):
