@@ -24,7 +24,8 @@ Padding = str | Sequence[tuple[int, int]]
 Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
 """(low, high) of height and of width."""
-Grid = Sequence[Sequence[Array]]
+Grid = Any
+"""Arrays of one shape in rows and columns: Sequence[Sequence[Array]], or one stacked array."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -127,9 +128,7 @@ def _input_gradient(
     return _conv(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), (1, 1), full)
 
 
-def _kernel_gradient(
-    x: Array, dy: Array, shape: Sequence[int], strides: Pair, pads: Pads
-) -> Array:
+def _kernel_gradient(x: Array, dy: Array, shape: Sequence[int], strides: Pair, pads: Pads) -> Array:
     """Multiplies the patches that the kernel saw with dy."""
 
     def add_chunk(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
@@ -139,7 +138,7 @@ def _kernel_gradient(
         return total + _sum_over_pixels(patches, dy), None
 
     total = jnp.zeros((shape[0] * shape[1] * shape[2], shape[3]), jnp.float32)
-    total, _ = lax.scan(add_chunk, total, _chunks(dy.shape, x, dy))
+    total, _ = lax.scan(add_chunk, total, _chunks(dy.shape, x, dy))  # pyright: ignore
     return total.reshape(shape).astype(x.dtype)
 
 
@@ -184,7 +183,7 @@ def _winograd_kernel_gradient(x: Array, dy: Array, pads: Pads) -> Array:
         return jax.tree.map(jnp.add, total, products), None
 
     total = [[jnp.zeros((x.shape[3], dy.shape[3]), jnp.float32)] * 4] * 4
-    total, _ = lax.scan(add_chunk, total, _chunks(dy.shape, x, dy))
+    total, _ = lax.scan(add_chunk, total, _chunks(dy.shape, x, dy))  # pyright: ignore
     return jnp.array(_transform(_transpose(_KERNEL), total, x.dtype))
 
 
@@ -251,6 +250,36 @@ def _windows(x: Array, window: Sequence[int], strides: Pair, size: Sequence[int]
     return [[place(i, j) for j in range(window[1])] for i in range(window[0])]
 
 
+def dot_general(
+    lhs: Float[Array, "*batch in"],
+    rhs: Float[Array, "in out"],
+    dimension_numbers: Any,
+    **others: Any,
+) -> Float[Array, "*batch out"]:
+    """Does what lax.dot_general does, for `nn.Dense(dot_general=...)`.
+
+    On a CPU a bfloat16 layer gets float32 gradients: XLA multiplies transposed bfloat16 matrices
+    by a plain loop, eight times slower, which it even repeats inside the optimizer.
+    """
+    dense = (((lhs.ndim - 1,), (0,)), ((), ()))
+    if lhs.dtype == rhs.dtype == jnp.bfloat16 and dimension_numbers == dense and _on_cpu():
+        return _dense(lhs.reshape(-1, lhs.shape[-1]), rhs).reshape(*lhs.shape[:-1], rhs.shape[1])
+    return lax.dot_general(lhs, rhs, dimension_numbers, **others)
+
+
+@jax.custom_vjp
+def _dense(x: Array, kernel: Array) -> Array:
+    return x @ kernel
+
+
+def _dense_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel, dy = (a.astype(jnp.float32) for a in (*residuals, dy))
+    return (dy @ kernel.T).astype(jnp.bfloat16), (x.T @ dy).astype(jnp.bfloat16)
+
+
+_dense.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _dense_backward)
+
+
 def max_pool(
     inputs: Float[Array, "batch height width channels"],
     window_shape: Sequence[int],
@@ -263,7 +292,7 @@ def max_pool(
     gradient. So does XLA's own, which means that results do not depend on the platform.
     """
     if inputs.ndim != 4 or not _on_cpu():
-        return nn.max_pool(inputs, window_shape, strides, padding)
+        return nn.max_pool(inputs, window_shape, strides, padding)  # pyright: ignore
     window = (window_shape[0], window_shape[1])
     steps = (strides[0], strides[1]) if strides else (1, 1)
     return _max_pool(inputs, window, steps, _to_pads(padding, inputs.shape, window, steps))
@@ -280,7 +309,8 @@ def _max_pool_forward(
     """Returns the maxima, and the places in the window where they came from."""
     x_padded = _pad(x, pads, value=-jnp.inf)
     size = [(x_padded.shape[axis + 1] - window[axis]) // strides[axis] + 1 for axis in (0, 1)]
-    largest, *rest = sum(_windows(x_padded, window, strides, size), start=[])
+    grid = _windows(x_padded, window, strides, size)
+    largest, *rest = (values for row in grid for values in row)
     place = jnp.zeros(largest.shape, jnp.uint8)
     for i, values in enumerate(rest, start=1):
         place = jnp.where(values > largest, jnp.uint8(i), place)

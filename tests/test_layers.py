@@ -1,0 +1,206 @@
+from itertools import product
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from cnn_jax import layers
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def plain_conv(x: jax.Array, kernel: jax.Array, strides, padding) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def fast_conv(x: jax.Array, kernel: jax.Array, strides, padding) -> jax.Array:
+    return layers.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def value_and_gradients(function, *args: jax.Array) -> tuple[jax.Array, ...]:
+    """The function's value, and its gradients for a cotangent that differs everywhere."""
+    y = jax.eval_shape(function, *args)
+    dy = normal(9, *y.shape).astype(y.dtype)
+
+    def run(dy: jax.Array, *args: jax.Array) -> tuple[jax.Array, ...]:
+        y, backward = jax.vjp(function, *args)
+        return y, *backward(dy)
+
+    return jax.jit(run)(dy, *args)
+
+
+def assert_close(actual: jax.Array, expected: jax.Array, tolerance: float) -> None:
+    """Compares with the largest expected value: sums of large terms that cancel stay inexact."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    difference = np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64))
+    assert difference.max() <= tolerance * np.abs(np.asarray(expected, np.float64)).max()
+
+
+CASES = [
+    # images, (height, width), in, kernel, out, strides, padding
+    (5, (8, 8), 16, (3, 3), 24, (1, 1), "SAME"),
+    (3, (7, 10), 17, (3, 3), 16, (1, 1), "SAME"),
+    (2, (9, 6), 16, (3, 3), 16, (1, 1), "VALID"),
+    (2, (5, 6), 16, (3, 3), 16, (1, 1), ((0, 2), (3, 1))),
+    (26, (8, 8), 16, (3, 3), 16, (1, 1), "SAME"),
+    (3, (1, 1), 16, (3, 3), 16, (1, 1), "SAME"),
+    (3, (9, 8), 3, (3, 3), 16, (1, 1), "SAME"),
+    (3, (9, 8), 16, (3, 3), 10, (2, 2), "SAME"),
+    (3, (8, 9), 4, (3, 3), 5, (2, 1), "VALID"),
+    (3, (8, 7), 3, (2, 2), 6, (1, 1), "VALID"),
+    (3, (8, 7), 3, (2, 2), 6, (2, 2), "SAME"),
+    (3, (7, 7), 16, (1, 1), 16, (1, 1), "SAME"),
+    (3, (7, 8), 5, (1, 1), 6, (2, 2), "VALID"),
+    (2, (11, 9), 3, (5, 4), 4, (3, 2), "SAME"),
+]
+
+
+@pytest.mark.parametrize(("n", "size", "n_in", "window", "n_out", "strides", "padding"), CASES)
+def test_conv_and_its_gradients_equal_those_of_lax(n, size, n_in, window, n_out, strides, padding):
+    x, kernel = normal(0, n, *size, n_in), normal(1, *window, n_in, n_out)
+    ours = value_and_gradients(lambda x, k: fast_conv(x, k, strides, padding), x, kernel)
+    plain = value_and_gradients(lambda x, k: plain_conv(x, k, strides, padding), x, kernel)
+    for actual, expected in zip(ours, plain, strict=True):
+        assert_close(actual, expected, 2e-6)
+
+
+@pytest.mark.parametrize("n_in", [3, 16])
+def test_conv_of_bfloat16_is_as_exact_as_its_format(n_in):
+    x, kernel = normal(0, 6, 8, 8, n_in), normal(1, 3, 3, n_in, 16)
+    low = [a.astype(jnp.bfloat16) for a in (x, kernel)]
+    exact = [a.astype(jnp.float32) for a in low]
+    ours = value_and_gradients(lambda x, k: fast_conv(x, k, (1, 1), "SAME"), *low)
+    plain = value_and_gradients(lambda x, k: plain_conv(x, k, (1, 1), "SAME"), *exact)
+    for actual, expected in zip(ours, plain, strict=True):
+        assert actual.dtype == jnp.bfloat16
+        assert_close(actual.astype(jnp.float32), expected, 2**-6)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"feature_group_count": 2, "groups": 2},
+        {"rhs_dilation": (2, 2)},
+        {"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 1))},
+        {"dimension_numbers": ("NHWC", "OHWI", "NHWC")},
+        {"dimension_numbers": None},
+    ],
+)
+def test_other_convolutions_are_those_of_lax(changed):
+    kwargs = {"dimension_numbers": NHWC, "padding": "SAME", **changed}
+    padding = kwargs.pop("padding")
+    groups = kwargs.pop("groups", 1)
+    x, kernel = normal(0, 2, 16, 16, 16), normal(1, 3, 3, 16 // groups, 16)
+    if kwargs["dimension_numbers"] is None or kwargs["dimension_numbers"][1] == "OHWI":
+        kernel = normal(1, 16, 3 if kwargs["dimension_numbers"] else 16, 3, 16)
+    ours = value_and_gradients(
+        lambda x, k: layers.conv_general_dilated(x, k, (1, 1), padding, **kwargs), x, kernel
+    )
+    plain = value_and_gradients(
+        lambda x, k: lax.conv_general_dilated(x, k, (1, 1), padding, **kwargs), x, kernel
+    )
+    for actual, expected in zip(ours, plain, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_other_platforms_keep_the_functions_of_lax(monkeypatch):
+    x, kernel = normal(0, 1, 8, 8, 16), normal(1, 3, 3, 16, 16)
+
+    def program() -> str:
+        def network(x):
+            return layers.max_pool(fast_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2))
+
+        return str(jax.make_jaxpr(network)(x))
+
+    assert "custom_vjp" in program()
+    monkeypatch.setattr(layers, "_on_cpu", lambda: False)
+    assert "custom_vjp" not in program()
+    assert "conv_general_dilated" in program()
+    assert "reduce_window" in program()
+
+
+def test_conv_layer_has_the_parameters_and_outputs_of_linen():
+    x = normal(0, 2, 8, 8, 3)
+    plain = nn.Conv(16, (3, 3))
+    ours = nn.Conv(16, (3, 3), conv_general_dilated=layers.conv_general_dilated)
+    variables = plain.init(jax.random.key(1), x)
+    same = ours.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
+    assert_close(ours.apply(variables, x), plain.apply(variables, x), 1e-6)
+
+
+POOLS = list(
+    product(
+        [(8, 8), (7, 10)],
+        [((2, 2), (2, 2)), ((3, 3), (2, 2)), ((2, 3), (1, 2)), ((2, 2), (3, 3))],
+        ["VALID", "SAME", ((1, 0), (0, 1))],
+    )
+)
+
+
+@pytest.mark.parametrize(("size", "window", "padding"), POOLS)
+def test_pool_and_its_gradient_equal_those_of_linen(size, window, padding):
+    shape, strides = window
+    # Few distinct values: most windows hold ties, so the choice among equals is compared as well.
+    x = jnp.round(normal(0, 3, *size, 5))
+    ours = value_and_gradients(lambda x: layers.max_pool(x, shape, strides, padding), x)
+    plain = value_and_gradients(lambda x: nn.max_pool(x, shape, strides, padding), x)
+    np.testing.assert_array_equal(ours[0], plain[0])
+    assert_close(ours[1], plain[1], 1e-6)
+
+
+def test_pool_gives_a_tie_to_the_first_in_row_major_order():
+    image = jnp.array([[1.0, 3.0, 5.0, 5.0], [3.0, 3.0, 5.0, 5.0]]).reshape(1, 2, 4, 1)
+    gradient = jax.grad(lambda x: jnp.sum(layers.max_pool(x, (2, 2), (2, 2))))(image)
+    assert gradient.reshape(2, 4).tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
+
+
+def test_pool_keeps_the_type_and_passes_nan_on():
+    x = normal(0, 1, 4, 4, 1).at[0, 3, 0, 0].set(jnp.nan).astype(jnp.bfloat16)
+    ours = value_and_gradients(lambda x: layers.max_pool(x, (2, 2), (2, 2)), x)
+    plain = nn.max_pool(x, (2, 2), (2, 2))
+    assert {array.dtype for array in ours} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(np.asarray(ours[0], np.float32), np.asarray(plain, np.float32))
+
+
+def test_pool_layer_is_2x2_by_default_and_has_no_parameters():
+    x = normal(0, 2, 7, 8, 3)
+    y, variables = layers.MaxPool().init_with_output(jax.random.key(0), x)
+    assert variables == {}
+    np.testing.assert_array_equal(y, nn.max_pool(x, (2, 2), (2, 2)))
+
+
+def loss(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.sum(layers.max_pool(fast_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2)) ** 2)
+
+
+def test_gradients_inside_scan_are_those_outside():
+    kernel, batches = normal(0, 3, 3, 16, 16), normal(1, 3, 2, 8, 8, 16)
+    _, scanned = jax.jit(lambda k, xs: lax.scan(lambda k, x: (k, jax.grad(loss)(k, x)), k, xs))(
+        kernel, batches
+    )
+    for x, gradient in zip(batches, scanned, strict=True):
+        assert_close(gradient, jax.jit(jax.grad(loss))(kernel, x), 1e-6)
+
+
+def test_gradients_under_vmap_are_those_of_each():
+    kernels, batches = normal(0, 3, 3, 3, 16, 16), normal(1, 3, 2, 8, 8, 16)
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(kernels, batches)
+    for gradient, kernel, x in zip(mapped, kernels, batches, strict=True):
+        assert_close(gradient, jax.jit(jax.grad(loss))(kernel, x), 1e-6)
+
+
+def test_the_same_inputs_give_the_same_bits():
+    kernel, x = normal(0, 3, 3, 32, 32), normal(1, 8, 32, 32, 32)
+    gradient = jax.jit(jax.grad(loss))
+    first = gradient(kernel, x)
+    for _ in range(3):
+        np.testing.assert_array_equal(gradient(kernel, x), first)
