@@ -15,8 +15,8 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_utils import construct_restore_args
 
 from cnn_jax import trees
 from cnn_jax.errors import UserError, one_line
@@ -110,15 +110,13 @@ class Checkpoints:
         return Loaded(step, arrays, meta["record"])
 
     def _read_arrays(self, step: int, described: dict[str, Any]) -> dict[str, Any]:
-        # Orbax fits arrays to whatever target it is given, so the target is what was saved.
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        # Orbax fits arrays to whatever target it is given, so the target is what was saved; and as
+        # numpy arrays, which any number of devices can take up.
         targets = {
-            name: jax.ShapeDtypeStruct(d["shape"], d["dtype"], sharding=sharding)
-            for name, d in described.items()
+            name: jax.ShapeDtypeStruct(d["shape"], d["dtype"]) for name, d in described.items()
         }
-        args = ocp.args.PyTreeRestore(
-            item=targets, restore_args=construct_restore_args(targets), partial_restore=True
-        )
+        as_numpy = dict.fromkeys(targets, ocp.RestoreArgs(restore_type=np.ndarray))
+        args = ocp.args.PyTreeRestore(item=targets, restore_args=as_numpy, partial_restore=True)
         return self._restore(step, state=args)["state"]
 
     def _restore(self, step: int, **items: Any) -> Any:

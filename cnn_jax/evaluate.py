@@ -6,11 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from cnn_jax import augment
+from cnn_jax import augment, devices
 
 # Large enough to fill the cores, small enough that activations of VGG stay in a few hundred MB.
 BATCH_SIZE = 250
@@ -26,9 +25,10 @@ def _batched_logits(
     std: tuple[float, ...],
 ) -> jax.Array:
     def forward(images: jax.Array) -> jax.Array:
+        images = devices.spread(images)
         return model.apply(variables, augment.normalize(images, mean, std))  # pyright: ignore
 
-    return jax.lax.map(forward, batches)
+    return devices.gather(jax.lax.map(forward, batches))
 
 
 def logits(
@@ -42,10 +42,11 @@ def logits(
     """Returns the float32 logits of every image, dropout off, running statistics in use."""
     n = len(images)
     batch_size = min(BATCH_SIZE, n)
+    batch_size += -batch_size % jax.device_count()
     n_batches = -(-n // batch_size)
     padded = np.zeros((n_batches * batch_size, *images.shape[1:]), np.uint8)
     padded[:n] = images
-    batches = jnp.asarray(padded.reshape(n_batches, batch_size, *images.shape[1:]))
+    batches = devices.replicate(padded.reshape(n_batches, batch_size, *images.shape[1:]))
     out = _batched_logits(model, variables, batches, mean=mean, std=std)
     return np.asarray(out).reshape(n_batches * batch_size, -1)[:n]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from cnn_jax import checkpoint, config, models, train, trees
+from cnn_jax import checkpoint, config, devices, loop, models, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
@@ -64,8 +64,8 @@ def check_config(workdir: Path, wanted: Config) -> None:
 
 def run(wanted: Config, dataset: ImageDataset, workdir: Path, log: RunLog) -> dict[str, Any]:
     """Trains, evaluates once on the test set, writes summary.json, and returns what it holds."""
-    trainer = train.Trainer(wanted, dataset)
-    state, progress = train.fit(trainer, workdir, log)
+    trainer = loop.Trainer(wanted, dataset)
+    state, progress = loop.fit(trainer, workdir, log)
     result = trainer.evaluate(state, dataset.test)
     steps = int(state.step)
     images = steps // trainer.steps_per_epoch * len(dataset.train)
@@ -94,7 +94,8 @@ def run(wanted: Config, dataset: ImageDataset, workdir: Path, log: RunLog) -> di
         "versions": versions(),
         "device": device(),
     }
-    write_json(workdir / "summary.json", summary)
+    if devices.is_main():
+        write_json(workdir / "summary.json", summary)
     return summary
 
 

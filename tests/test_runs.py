@@ -9,7 +9,7 @@ import pytest
 from test_train import edit, quiet
 
 from cnn_jax import config as configuration
-from cnn_jax import evaluate, runs, train, trees
+from cnn_jax import evaluate, loop, runs, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
@@ -59,7 +59,7 @@ def test_summary_says_what_was_run(tiny: Config, dataset: ImageDataset, workdir:
     summary = finish(tiny, dataset, workdir)
     written = json.loads((workdir / "summary.json").read_text())
     assert written == json.loads(json.dumps(summary)) == runs.finished(workdir)
-    state, progress = train.fit(train.Trainer(tiny, dataset), workdir, quiet(workdir))
+    state, progress = loop.fit(loop.Trainer(tiny, dataset), workdir, quiet(workdir))
     assert configuration.from_dict(summary["config"]) == tiny
     assert summary["seed"] == 0
     assert (summary["epochs"], summary["steps"]) == (2, 6)
@@ -79,13 +79,13 @@ def test_the_test_set_is_touched_once(
     tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
 ):
     seen = []
-    trainer_evaluate = train.Trainer.evaluate
+    trainer_evaluate = loop.Trainer.evaluate
 
     def counted(self, state, split):
         seen.append("test" if split is dataset.test else "validation")
         return trainer_evaluate(self, state, split)
 
-    monkeypatch.setattr(train.Trainer, "evaluate", counted)
+    monkeypatch.setattr(loop.Trainer, "evaluate", counted)
     finish(tiny, dataset, workdir)
     assert seen == ["validation", "validation", "test"]
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from cnn_jax import losses, train, trees
+from cnn_jax import loop, losses, train, trees
 from cnn_jax.checkpoint import Checkpoints
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
@@ -32,7 +32,7 @@ def edit(config: Config, **sections: dict) -> Config:
     return replace(config, **{k: replace(getattr(config, k), **v) for k, v in sections.items()})
 
 
-def run(trainer: train.Trainer, steps: int) -> tuple[train.TrainState, np.ndarray]:
+def run(trainer: loop.Trainer, steps: int) -> tuple[train.TrainState, np.ndarray]:
     """Returns the state and the mean losses after so many steps from the start."""
     state = trainer.init()
     trainer.compile(state)
@@ -72,7 +72,7 @@ def test_the_order_is_a_function_of_key_and_epoch():
 
 def test_a_segment_equals_plain_momentum_sgd_written_out(tiny: Config, dataset: ImageDataset):
     config = no_dropout(edit(tiny, optim={"learning_rate": 0.1}))
-    trainer = train.Trainer(config, dataset)
+    trainer = loop.Trainer(config, dataset)
     state, seen = run(trainer, 4)
 
     @jax.jit
@@ -102,14 +102,14 @@ def test_a_segment_equals_plain_momentum_sgd_written_out(tiny: Config, dataset: 
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 def test_bits_do_not_depend_on_the_segment_length(tiny: Config, dataset: ImageDataset, length: int):
-    whole, _ = run(train.Trainer(edit(tiny, train={"segment_steps": 2}), dataset), 6)
-    other, _ = run(train.Trainer(edit(tiny, train={"segment_steps": length}), dataset), 6)
+    whole, _ = run(loop.Trainer(edit(tiny, train={"segment_steps": 2}), dataset), 6)
+    other, _ = run(loop.Trainer(edit(tiny, train={"segment_steps": length}), dataset), 6)
     assert trees.sha256(whole) == trees.sha256(other)
 
 
 def test_one_program_serves_every_segment(tiny: Config, dataset: ImageDataset):
     """Segments of one and two steps and further epochs are run without another compilation."""
-    trainer = train.Trainer(tiny, dataset)
+    trainer = loop.Trainer(tiny, dataset)
     state = trainer.init()
     trainer.compile(state)
     state, _ = trainer.run_segment(state, 2)
@@ -126,9 +126,9 @@ def test_one_program_serves_every_segment(tiny: Config, dataset: ImageDataset):
 
 
 def test_accumulation_gives_the_step_of_the_whole_batch(tiny: Config, dataset: ImageDataset):
-    whole, whole_loss = run(train.Trainer(no_dropout(tiny), dataset), 3)
+    whole, whole_loss = run(loop.Trainer(no_dropout(tiny), dataset), 3)
     config = edit(no_dropout(tiny), train={"accumulate": 4})
-    parts, parts_loss = run(train.Trainer(config, dataset), 3)
+    parts, parts_loss = run(loop.Trainer(config, dataset), 3)
     np.testing.assert_allclose(parts_loss, whole_loss, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -147,8 +147,8 @@ def test_parts_of_a_batch_drop_different_units(tiny: Config, dataset: ImageDatas
 
 
 def test_ema_is_the_running_average_of_the_parameters(tiny: Config, dataset: ImageDataset):
-    averaged = train.Trainer(edit(tiny, train={"ema_decay": 0.75}), dataset)
-    plain = train.Trainer(tiny, dataset)
+    averaged = loop.Trainer(edit(tiny, train={"ema_decay": 0.75}), dataset)
+    plain = loop.Trainer(tiny, dataset)
     kernels = [np.asarray(run(plain, n)[0].params["head"]["kernel"]) for n in (1, 2)]
     start = np.asarray(plain.init().params["head"]["kernel"])
     state, _ = run(averaged, 2)
@@ -159,14 +159,14 @@ def test_ema_is_the_running_average_of_the_parameters(tiny: Config, dataset: Ima
 
 
 def test_epoch_sums_are_those_of_every_example(tiny: Config, dataset: ImageDataset):
-    state, seen = run(train.Trainer(tiny, dataset), 6)
+    state, seen = run(loop.Trainer(tiny, dataset), 6)
     assert float(state.epoch_sums.count) == 22
     np.testing.assert_allclose(state.epoch_sums.loss, seen[3:] @ [8, 8, 6], rtol=1e-5)
 
 
 def test_seeds_change_the_run(tiny: Config, dataset: ImageDataset):
     one, two, again = (
-        trees.sha256(run(train.Trainer(replace(tiny, seed=seed), dataset), 3)[0].params)
+        trees.sha256(run(loop.Trainer(replace(tiny, seed=seed), dataset), 3)[0].params)
         for seed in (1, 2, 1)
     )
     assert one == again != two
@@ -174,7 +174,7 @@ def test_seeds_change_the_run(tiny: Config, dataset: ImageDataset):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_stay_float32(tiny: Config, dataset: ImageDataset, dtype: str):
-    state, _ = run(train.Trainer(edit(tiny, model={"dtype": dtype}), dataset), 1)
+    state, _ = run(loop.Trainer(edit(tiny, model={"dtype": dtype}), dataset), 1)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
 
 
@@ -182,14 +182,14 @@ def test_parameters_stay_float32(tiny: Config, dataset: ImageDataset, dtype: str
 def test_every_optimizer_learns(tiny: Config, dataset: ImageDataset, optimizer: str):
     rate = {"momentum": 0.1, "nesterov": 0.1, "sgd": 0.5}.get(optimizer, 0.01)
     config = no_dropout(edit(tiny, optim={"name": optimizer, "learning_rate": rate}))
-    _, seen = run(train.Trainer(edit(config, train={"epochs": 20}), dataset), 60)
+    _, seen = run(loop.Trainer(edit(config, train={"epochs": 20}), dataset), 60)
     assert seen[-6:].mean() < 0.5 * seen[:3].mean()
 
 
 def test_fit_learns_and_writes_a_line_a_step(tiny: Config, dataset: ImageDataset, workdir: Path):
     config = edit(tiny, train={"epochs": 15}, optim={"name": "adam", "learning_rate": 0.01})
-    trainer = train.Trainer(no_dropout(config), dataset)
-    state, progress = train.fit(trainer, workdir, quiet(workdir))
+    trainer = loop.Trainer(no_dropout(config), dataset)
+    state, progress = loop.fit(trainer, workdir, quiet(workdir))
     assert trainer.evaluate(state, dataset.test).accuracy == 1.0
     written = lines(workdir)
     assert [line["step"] for line in written] == list(range(1, 46))
@@ -204,13 +204,13 @@ def test_fit_learns_and_writes_a_line_a_step(tiny: Config, dataset: ImageDataset
 def test_zero_epochs_return_the_network_as_it_starts(
     tiny: Config, dataset: ImageDataset, workdir: Path
 ):
-    trainer = train.Trainer(edit(tiny, train={"epochs": 0}), dataset)
-    state, _ = train.fit(trainer, workdir, quiet(workdir))
+    trainer = loop.Trainer(edit(tiny, train={"epochs": 0}), dataset)
+    state, _ = loop.fit(trainer, workdir, quiet(workdir))
     assert trees.sha256(state.params) == trees.sha256(trainer.init().params)
 
 
 def test_a_batch_larger_than_the_set_is_padded(tiny: Config, dataset: ImageDataset):
-    state, _ = run(train.Trainer(edit(tiny, train={"batch_size": 64}), dataset), 1)
+    state, _ = run(loop.Trainer(edit(tiny, train={"batch_size": 64}), dataset), 1)
     assert float(state.epoch_sums.count) == 22
 
 
@@ -221,9 +221,9 @@ def test_a_signal_saves_and_a_rerun_ends_bitwise_equal(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    expected, _ = train.fit(train.Trainer(config, dataset), whole, quiet(whole))
+    expected, _ = loop.fit(loop.Trainer(config, dataset), whole, quiet(whole))
 
-    run_segment = train.Trainer.run_segment
+    run_segment = loop.Trainer.run_segment
 
     def interrupted(self, state, n_steps):
         state, history = run_segment(self, state, n_steps)
@@ -231,11 +231,11 @@ def test_a_signal_saves_and_a_rerun_ends_bitwise_equal(
             os.kill(os.getpid(), signal.SIGTERM)
         return state, history
 
-    monkeypatch.setattr(train.Trainer, "run_segment", interrupted)
+    monkeypatch.setattr(loop.Trainer, "run_segment", interrupted)
     with pytest.raises(Stopped, match="after step 5"):
-        train.fit(train.Trainer(config, dataset), cut, quiet(cut))
+        loop.fit(loop.Trainer(config, dataset), cut, quiet(cut))
     monkeypatch.undo()
-    state, _ = train.fit(train.Trainer(config, dataset), cut, quiet(cut))
+    state, _ = loop.fit(loop.Trainer(config, dataset), cut, quiet(cut))
     assert trees.sha256(state) == trees.sha256(expected)
 
     def steps(folder: Path) -> list[dict]:
@@ -246,12 +246,12 @@ def test_a_signal_saves_and_a_rerun_ends_bitwise_equal(
 
 
 def test_changed_images_are_not_trained_on(tiny: Config, dataset: ImageDataset, workdir: Path):
-    train.fit(train.Trainer(tiny, dataset), workdir, quiet(workdir))
+    loop.fit(loop.Trainer(tiny, dataset), workdir, quiet(workdir))
     images = dataset.train.images.copy()
     images[0, 0, 0, 0] ^= 1
     other = replace(dataset, train=replace(dataset.train, images=images))
     with pytest.raises(UserError, match="images are not those"):
-        train.fit(train.Trainer(tiny, other), workdir, quiet(workdir))
+        loop.fit(loop.Trainer(tiny, other), workdir, quiet(workdir))
 
 
 def test_early_stopping_returns_the_best_parameters(
@@ -259,18 +259,18 @@ def test_early_stopping_returns_the_best_parameters(
 ):
     """Validation accuracy, given here, peaks in epoch 2; patience 3 stops after epoch 5."""
     figures = iter([0.3, 0.6, 0.5, 0.6, 0.4, 0.9])
-    evaluate = train.Trainer.evaluate
+    evaluate = loop.Trainer.evaluate
 
     def given(self, state, split):
         return replace(evaluate(self, state, split), accuracy=next(figures))
 
-    monkeypatch.setattr(train.Trainer, "evaluate", given)
+    monkeypatch.setattr(loop.Trainer, "evaluate", given)
     config = edit(tiny, train={"epochs": 9, "patience": 3})
-    state, progress = train.fit(train.Trainer(config, dataset), workdir, quiet(workdir))
+    state, progress = loop.fit(loop.Trainer(config, dataset), workdir, quiet(workdir))
     assert lines(workdir)[-1]["step"] == 15
     assert (progress.best_epoch, progress.best_accuracy) == (2, 0.6)
     assert int(state.step) == 6
-    expected, _ = run(train.Trainer(config, dataset), 6)
+    expected, _ = run(loop.Trainer(config, dataset), 6)
     assert trees.sha256(state) == trees.sha256(expected)
 
 
@@ -278,13 +278,13 @@ def test_checkpoints_are_saved_in_an_epoch_when_due(
     tiny: Config, dataset: ImageDataset, workdir: Path
 ):
     config = edit(tiny, train={"checkpoint_seconds": 0.0, "keep_checkpoints": 9})
-    train.fit(train.Trainer(config, dataset), workdir, quiet(workdir))
+    loop.fit(loop.Trainer(config, dataset), workdir, quiet(workdir))
     with Checkpoints(workdir, "latest") as store:
         assert store.steps() == [2, 3, 5, 6]
     lazy = workdir.parent / "lazy"
     lazy.mkdir()
     config = edit(tiny, train={"checkpoint_seconds": 999.0, "keep_checkpoints": 9})
-    train.fit(train.Trainer(config, dataset), lazy, quiet(lazy))
+    loop.fit(loop.Trainer(config, dataset), lazy, quiet(lazy))
     with Checkpoints(lazy, "latest") as store:
         assert store.steps() == [3, 6]
 
@@ -294,11 +294,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
 ):
     config = edit(tiny, optim={"learning_rate": 1e30}, train={"checkpoint_seconds": 0.0})
     with pytest.raises(UserError, match=r"loss nan at step \d+, learning rate 1e\+30"):
-        train.fit(train.Trainer(config, dataset), workdir, quiet(workdir))
+        loop.fit(loop.Trainer(config, dataset), workdir, quiet(workdir))
 
 
 def test_optax_updates_are_what_the_state_keeps(tiny: Config, dataset: ImageDataset):
     """The velocity is one array a parameter, no more: what a step must read and write."""
-    state = train.Trainer(tiny, dataset).init()
+    state = loop.Trainer(tiny, dataset).init()
     velocities = optax.tree_utils.tree_get(state.opt_state, "trace")
     assert trees.param_count(velocities) == trees.param_count(state.params)

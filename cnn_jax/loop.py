@@ -1,0 +1,194 @@
+"""Training as a run: segments to the end, validation, checkpoints, early stopping, resuming."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cnn_jax import devices, evaluate, train
+from cnn_jax.checkpoint import Checkpoints
+from cnn_jax.config import Config
+from cnn_jax.data import ImageDataset, Split
+from cnn_jax.errors import UserError
+from cnn_jax.run_log import RunLog
+from cnn_jax.stop import on_signals
+from cnn_jax.train import TrainState
+
+
+@dataclass
+class Progress:
+    """What `fit` knows beside the arrays; saved in the record of every checkpoint."""
+
+    seconds: float = 0.0
+    """Spent in training segments, over all the processes that took part."""
+    best_accuracy: float = -1.0
+    """Best validation accuracy so far; -1 before the first."""
+    best_epoch: int = 0
+
+
+class Trainer:
+    """One run: a recipe, its data on the device, and the functions of them that the host calls."""
+
+    def __init__(self, config: Config, dataset: ImageDataset) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.steps_per_epoch = -(-len(dataset.train) // config.train.batch_size)
+        self.total_steps = self.steps_per_epoch * config.train.epochs
+        self.recipe = train.make_recipe(config, len(dataset.class_names), self.steps_per_epoch)
+        devices.check_batch_size(config.train.batch_size)
+        self._init_key, train_key = jax.random.split(jax.random.key(config.seed))
+        self._inputs = devices.replicate((dataset.train.images, dataset.train.labels, train_key))
+
+    def init(self) -> TrainState:
+        """Returns the state before the first step."""
+        state = train.init_state(self.recipe, self._init_key, self.dataset.image_shape)
+        return state if jax.device_count() == 1 else devices.replicate(state)
+
+    def segment_length(self, step: int) -> int:
+        """Returns the steps to the next multiple of `segment_steps` in the epoch, or its end."""
+        done = step % self.steps_per_epoch
+        length = self.recipe.max_segment
+        return min(length - done % length, self.steps_per_epoch - done)
+
+    def compile(self, state: TrainState) -> None:
+        """Compiles the segment, so that no training time is spent on it."""
+        n_steps = devices.replicate(np.int32(0))
+        lowered = train.train_segment.lower(self.recipe, state, *self._inputs, n_steps)
+        self._segment = lowered.compile()
+
+    def run_segment(self, state: TrainState, n_steps: int) -> tuple[TrainState, train.History]:
+        """Runs steps and returns the state and their history as numpy arrays [n_steps].
+
+        The state that is passed in is donated, so it must not be used again.
+        """
+        steps = devices.replicate(np.int32(n_steps))
+        state, history = self._segment(state, *self._inputs, steps)
+        return state, jax.tree.map(lambda x: np.asarray(x)[:n_steps], history)
+
+    def evaluate(self, state: TrainState, split: Split) -> evaluate.Evaluation:
+        """Returns loss, accuracy and confusion of the evaluated parameters on a split."""
+        data = self.config.data
+        logits = evaluate.logits(
+            self.recipe.model, state.eval_variables, split.images, mean=data.mean, std=data.std
+        )
+        return evaluate.score(logits, split.labels, self.recipe.loss)
+
+    def exhausted(self, progress: Progress, step: int) -> bool:
+        """Says whether validation accuracy has not improved for `patience` epochs."""
+        patience = self.config.train.patience
+        return patience > 0 and step // self.steps_per_epoch - progress.best_epoch >= patience
+
+
+def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progress]:
+    """Trains from the newest whole checkpoint in `workdir`, or from the start, to the end.
+
+    Every epoch's end and every `checkpoint_seconds` save a checkpoint. With a validation split
+    the best parameters are kept as well, and with `patience` they are what is returned.
+
+    Raises:
+        stop.Stopped: SIGTERM or Ctrl-C came; the state is saved and a rerun goes on from it.
+        UserError: the loss is no longer finite, or the data is not what the checkpoint saw.
+    """
+    settings = trainer.config.train
+    with (
+        Checkpoints(workdir, "latest", settings.keep_checkpoints) as latest,
+        Checkpoints(workdir, "best", 1) as best,
+    ):
+        state, progress = _resume(trainer, latest, log)
+        step = int(state.step)
+        with log.running(step, trainer.total_steps, trainer.steps_per_epoch), on_signals() as stop:
+            trainer.compile(state)
+            saved_at = time.monotonic()
+            while step < trainer.total_steps and not trainer.exhausted(progress, step):
+                start = time.perf_counter()
+                state, history = trainer.run_segment(state, trainer.segment_length(step))
+                seconds = time.perf_counter() - start
+                progress.seconds += seconds
+                lines = _metrics(step, history)
+                step += len(lines)
+                ends_epoch = step % trainer.steps_per_epoch == 0
+                if ends_epoch:
+                    lines[-1] |= _end_epoch(trainer, state, progress, best)
+                log.segment(lines, float(np.sum(history.sums.count)) / seconds)
+                stop.requested = devices.largest(stop.requested)
+                due = devices.largest(time.monotonic() - saved_at >= settings.checkpoint_seconds)
+                if ends_epoch or due or stop.requested:
+                    log.flush()
+                    latest.save(step, state, _record(trainer, progress))
+                    saved_at = time.monotonic()
+                stop.raise_if_requested(step)
+        if settings.patience and (restored := best.restore_newest(state, log.warn)):
+            state = devices.replicate(restored[0])
+    return state, progress
+
+
+def _resume(trainer: Trainer, latest: Checkpoints, log: RunLog) -> tuple[TrainState, Progress]:
+    restored = latest.restore_newest(jax.eval_shape(trainer.init), log.warn)
+    if restored is None:
+        return trainer.init(), Progress()
+    state, record = restored
+    if record["data_sha256"] != trainer.dataset.sha256:
+        raise UserError(
+            "the images are not those that this workdir was trained on; restore them "
+            "or choose another --workdir"
+        )
+    return devices.replicate(state), Progress(**record["progress"])
+
+
+def _record(trainer: Trainer, progress: Progress) -> dict[str, Any]:
+    """Returns what a checkpoint says of itself: all that prediction needs beside the arrays."""
+    return {
+        "progress": vars(progress),
+        "class_names": list(trainer.dataset.class_names),
+        "image_shape": list(trainer.dataset.image_shape),
+        "data_sha256": trainer.dataset.sha256,
+    }
+
+
+def _metrics(step: int, history: train.History) -> list[dict[str, Any]]:
+    """Returns a line for each step of a segment that began after `step` steps.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    columns = {
+        "loss": history.sums.loss / history.sums.count,
+        "accuracy": history.sums.correct / history.sums.count,
+        "learning_rate": history.learning_rate,
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    lines = [
+        {"step": number, **dict(zip(columns, row, strict=True))}
+        for number, row in enumerate(rows, start=step + 1)
+    ]
+    for line in lines:
+        if not math.isfinite(line["loss"]):
+            raise UserError(
+                f"loss {line['loss']} at step {line['step']}, learning rate "
+                f"{line['learning_rate']:g}: lower optim.learning_rate or set optim.clip_norm"
+            )
+    return lines
+
+
+def _end_epoch(
+    trainer: Trainer, state: TrainState, progress: Progress, best: Checkpoints
+) -> dict[str, float]:
+    """Returns the epoch's figures; validates, and keeps the parameters if they are the best."""
+    step, sums = jax.device_get((state.step, state.epoch_sums))
+    epoch = int(step) // trainer.steps_per_epoch
+    figures = {
+        "epoch": epoch,
+        "train_loss": float(sums.loss / sums.count),
+        "train_accuracy": float(sums.correct / sums.count),
+    }
+    if trainer.dataset.validation is not None:
+        result = trainer.evaluate(state, trainer.dataset.validation)
+        figures |= {"validation_loss": result.loss, "validation_accuracy": result.accuracy}
+        if result.accuracy > progress.best_accuracy:
+            progress.best_accuracy, progress.best_epoch = result.accuracy, epoch
+            best.save(int(step), state, _record(trainer, progress))
+    return figures
