@@ -45,8 +45,7 @@ class Trainer:
 
     def init(self) -> TrainState:
         """Returns the state before the first step."""
-        state = train.init_state(self.recipe, self._init_key, self.dataset.image_shape)
-        return state if jax.device_count() == 1 else devices.replicate(state)
+        return train.init_state(self.recipe, self._init_key, self.dataset.image_shape)
 
     def segment_length(self, step: int) -> int:
         """Returns the steps to the next multiple of `segment_steps` in the epoch, or its end."""
@@ -114,8 +113,7 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
                 if ends_epoch:
                     lines[-1] |= _end_epoch(trainer, state, progress, best)
                 log.segment(lines, float(np.sum(history.sums.count)) / seconds)
-                stop.requested = devices.largest(stop.requested)
-                due = devices.largest(time.monotonic() - saved_at >= settings.checkpoint_seconds)
+                due = time.monotonic() - saved_at >= settings.checkpoint_seconds
                 if ends_epoch or due or stop.requested:
                     log.flush()
                     latest.save(step, state, _record(trainer, progress))
@@ -129,7 +127,7 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
 def _resume(trainer: Trainer, latest: Checkpoints, log: RunLog) -> tuple[TrainState, Progress]:
     restored = latest.restore_newest(jax.eval_shape(trainer.init), log.warn)
     if restored is None:
-        return trainer.init(), Progress()
+        return devices.replicate(trainer.init()), Progress()
     state, record = restored
     if record["data_sha256"] != trainer.dataset.sha256:
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from cnn_jax import checkpoint, config, devices, loop, models, trees
+from cnn_jax import checkpoint, config, loop, models, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
@@ -94,8 +94,7 @@ def run(wanted: Config, dataset: ImageDataset, workdir: Path, log: RunLog) -> di
         "versions": versions(),
         "device": device(),
     }
-    if devices.is_main():
-        write_json(workdir / "summary.json", summary)
+    write_json(workdir / "summary.json", summary)
     return summary
 
 
