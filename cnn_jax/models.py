@@ -38,6 +38,16 @@ def _convolution(width: int, dtype: Any, name: str) -> nn.Conv:
     )
 
 
+def _dense(width: int, dtype: Any, name: str) -> nn.Dense:
+    return nn.Dense(
+        width,
+        dtype=dtype,
+        kernel_init=_KERNEL_INIT,
+        dot_general=layers.dot_general,
+        name=name,
+    )
+
+
 class Classifier(nn.Module):
     """Flatten, then hidden dense layers `fc1`, `fc2`, ... with dropout, then the linear `head`.
 
@@ -54,12 +64,10 @@ class Classifier(nn.Module):
         """Returns float32 logits [batch, classes] for a batch of feature maps."""
         x = x.reshape((x.shape[0], -1))
         for i, width in enumerate(self.dense, start=1):
-            x = nn.Dense(width, dtype=self.dtype, kernel_init=_KERNEL_INIT, name=f"fc{i}")(x)
-            x = ACTIVATIONS[self.activation](x)
+            x = ACTIVATIONS[self.activation](_dense(width, self.dtype, f"fc{i}")(x))
             if self.dropout:
                 x = nn.Dropout(self.dropout, name=f"dropout{i}")(x, deterministic=not train)
-        head = nn.Dense(self.n_classes, dtype=self.dtype, kernel_init=_KERNEL_INIT, name="head")
-        return head(x).astype(jnp.float32)
+        return _dense(self.n_classes, self.dtype, "head")(x).astype(jnp.float32)
 
 
 class SimpleCNN(Classifier):

@@ -1,3 +1,5 @@
+"""Layers of our own against lax, forward and backward; each runs where XLA's own does."""
+
 from itertools import product
 
 import flax.linen as nn
@@ -204,3 +206,29 @@ def test_the_same_inputs_give_the_same_bits():
     first = gradient(kernel, x)
     for _ in range(3):
         np.testing.assert_array_equal(gradient(kernel, x), first)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7)])
+def test_dense_of_bfloat16_has_the_gradients_of_float32(shape: tuple[int, ...]):
+    x, kernel = normal(0, *shape).astype(jnp.bfloat16), normal(1, 7, 4).astype(jnp.bfloat16)
+    dimensions = (((len(shape) - 1,), (0,)), ((), ()))
+    found = value_and_gradients(lambda x, k: layers.dot_general(x, k, dimensions), x, kernel)
+    exact = value_and_gradients(
+        lambda x, k: lax.dot_general(x, k, dimensions),
+        x.astype(jnp.float32),
+        kernel.astype(jnp.float32),
+    )
+    for actual, expected in zip(found, exact, strict=True):
+        assert_close(actual.astype(jnp.float32), expected, 2**-7)
+        assert actual.dtype == jnp.bfloat16
+
+
+def test_dense_of_float32_is_lax_s_own():
+    x, kernel = normal(0, 5, 7), normal(1, 7, 4)
+    dimensions = (((1,), (0,)), ((), ()))
+    for actual, expected in zip(
+        value_and_gradients(lambda x, k: layers.dot_general(x, k, dimensions), x, kernel),
+        value_and_gradients(lambda x, k: lax.dot_general(x, k, dimensions), x, kernel),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(actual, expected)
