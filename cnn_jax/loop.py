@@ -25,6 +25,8 @@ class Progress:
 
     seconds: float = 0.0
     """Spent in training segments, over all the processes that took part."""
+    images: int = 0
+    """Examples trained on in that time."""
     best_accuracy: float = -1.0
     """Best validation accuracy so far; -1 before the first."""
     best_epoch: int = 0
@@ -106,13 +108,15 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
                 start = time.perf_counter()
                 state, history = trainer.run_segment(state, trainer.segment_length(step))
                 seconds = time.perf_counter() - start
+                images = int(np.sum(history.sums.count))
                 progress.seconds += seconds
+                progress.images += images
                 lines = _metrics(step, history)
                 step += len(lines)
                 ends_epoch = step % trainer.steps_per_epoch == 0
                 if ends_epoch:
                     lines[-1] |= _end_epoch(trainer, state, progress, best)
-                log.segment(lines, float(np.sum(history.sums.count)) / seconds)
+                log.segment(lines, images / seconds)
                 due = time.monotonic() - saved_at >= settings.checkpoint_seconds
                 if ends_epoch or due or stop.requested:
                     log.flush()

@@ -68,7 +68,6 @@ def run(wanted: Config, dataset: ImageDataset, workdir: Path, log: RunLog) -> di
     state, progress = loop.fit(trainer, workdir, log)
     result = trainer.evaluate(state, dataset.test)
     steps = int(state.step)
-    images = steps // trainer.steps_per_epoch * len(dataset.train)
     sums = jax.device_get(state.epoch_sums)
     summary = {
         "config": config.to_dict(wanted),
@@ -81,7 +80,7 @@ def run(wanted: Config, dataset: ImageDataset, workdir: Path, log: RunLog) -> di
         "best_validation_accuracy": progress.best_accuracy if progress.best_epoch else None,
         "epochs": steps // trainer.steps_per_epoch,
         "steps": steps,
-        "images_per_second": images / progress.seconds if steps else None,
+        "images_per_second": progress.images / progress.seconds if steps else None,
         "seconds": progress.seconds,
         "param_count": trees.param_count(state.params),
         "params_sha256": trees.sha256(state.eval_variables["params"]),
