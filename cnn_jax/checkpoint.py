@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cnn_jax import trees
+from cnn_jax import devices, trees
 from cnn_jax.errors import UserError, one_line
 
 
@@ -45,6 +45,9 @@ class Loaded:
 class Checkpoints:
     """The checkpoints of one kind ("latest" or "best") below a workdir.
 
+    Of several processes only the main one touches the folder; in the others `save` does nothing,
+    and nothing else may be called.
+
     Args:
         workdir: the run's folder.
         kind: the folder's name below `checkpoints/`.
@@ -55,18 +58,25 @@ class Checkpoints:
         self.folder = Path(os.path.abspath(workdir)) / "checkpoints" / kind
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=keep is not None,
+            create=False,  # Not supported with active_processes.
             cleanup_tmp_directories=keep is not None,
             # Donated buffers are overwritten by the next segment, so a save ends before it starts.
             enable_async_checkpointing=False,
+            # Orbax would wait for all processes, of which only the main one comes here.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager: Any = None
+        if devices.is_main():
+            if keep is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        if devices.is_main():
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Returns the steps of the checkpoints on disk, rising."""
@@ -74,7 +84,10 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Writes the arrays of `state` and a JSON `record`; one of the same step is replaced."""
-        arrays = _flat(state)
+        if not devices.is_main():
+            return
+        # As numpy, whose bytes are the same for one process and for several.
+        arrays = _flat(jax.tree.map(np.asarray, state))
         described = {
             name: {**_describe(leaf), "sha256": trees.sha256({name: leaf})}
             for name, leaf in arrays.items()

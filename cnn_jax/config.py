@@ -169,6 +169,8 @@ class TrainConfig:
     """Seconds between checkpoints inside an epoch; each epoch's end saves too."""
     keep_checkpoints: int = 2
     """Latest checkpoints kept; the best one is kept beside them."""
+    seeds: int = 1
+    """Runs, with seeds from `seed` on, one after the other in subfolders of the workdir."""
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "train.epochs must be 0 or more")
@@ -183,6 +185,7 @@ class TrainConfig:
         _check(self.segment_steps > 0, "train.segment_steps must be positive")
         _check(self.checkpoint_seconds >= 0, "train.checkpoint_seconds must be 0 or more")
         _check(self.keep_checkpoints > 0, "train.keep_checkpoints must be positive")
+        _check(self.seeds > 0, "train.seeds must be positive")
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**32, "seed must be in [0, 2**32)")
+        last = self.seed + self.train.seeds - 1
+        _check(last < 2**32, f"train.seeds={self.train.seeds} ends at seed {last}, past 2**32 - 1")
         _check(
             not self.train.patience or self.data.validation > 0,
             "train.patience needs a validation split, such as data.validation=0.1",

@@ -1,8 +1,9 @@
 """Training as a run: segments to the end, validation, checkpoints, early stopping, resuming."""
 
+import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset, Split
 from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog
-from cnn_jax.stop import on_signals
+from cnn_jax.stop import Stopped, on_signals
 from cnn_jax.train import TrainState
 
 
@@ -42,8 +43,20 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self.recipe = train.make_recipe(config, len(dataset.class_names), self.steps_per_epoch)
         devices.check_batch_size(config.train.batch_size)
-        self._init_key, train_key = jax.random.split(jax.random.key(config.seed))
-        self._inputs = devices.replicate((dataset.train.images, dataset.train.labels, train_key))
+        self._examples = devices.replicate((dataset.train.images, dataset.train.labels))
+        self._make_keys()
+
+    def _make_keys(self) -> None:
+        self._init_key, train_key = jax.random.split(jax.random.key(self.config.seed))
+        self._train_key = devices.replicate(train_key)
+
+    def with_seed(self, seed: int) -> "Trainer":
+        """Returns the trainer of that seed alone; it shares data and compiled programs."""
+        other = copy.copy(self)
+        settings = replace(self.config.train, seeds=1)
+        other.config = replace(self.config, seed=seed, train=settings)
+        other._make_keys()
+        return other
 
     def init(self) -> TrainState:
         """Returns the state before the first step."""
@@ -56,10 +69,12 @@ class Trainer:
         return min(length - done % length, self.steps_per_epoch - done)
 
     def compile(self, state: TrainState) -> None:
-        """Compiles the segment, so that no training time is spent on it."""
-        n_steps = devices.replicate(np.int32(0))
-        lowered = train.train_segment.lower(self.recipe, state, *self._inputs, n_steps)
-        self._segment = lowered.compile()
+        """Compiles the segment, so that no training time is spent on it.
+
+        JAX remembers the program by the recipe, so trainers that share it compile it once.
+        """
+        inputs = *self._examples, self._train_key, devices.replicate(np.int32(0))
+        self._segment = train.train_segment.lower(self.recipe, state, *inputs).compile()
 
     def run_segment(self, state: TrainState, n_steps: int) -> tuple[TrainState, train.History]:
         """Runs steps and returns the state and their history as numpy arrays [n_steps].
@@ -67,7 +82,7 @@ class Trainer:
         The state that is passed in is donated, so it must not be used again.
         """
         steps = devices.replicate(np.int32(n_steps))
-        state, history = self._segment(state, *self._inputs, steps)
+        state, history = self._segment(state, *self._examples, self._train_key, steps)
         return state, jax.tree.map(lambda x: np.asarray(x)[:n_steps], history)
 
     def evaluate(self, state: TrainState, split: Split) -> evaluate.Evaluation:
@@ -118,18 +133,31 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
                     lines[-1] |= _end_epoch(trainer, state, progress, best)
                 log.segment(lines, images / seconds)
                 due = time.monotonic() - saved_at >= settings.checkpoint_seconds
-                if ends_epoch or due or stop.requested:
+                signum = devices.largest(stop.requested)  # One process' signal stops them all.
+                if ends_epoch or due or signum:
                     log.flush()
                     latest.save(step, state, _record(trainer, progress))
                     saved_at = time.monotonic()
-                stop.raise_if_requested(step)
-        if settings.patience and (restored := best.restore_newest(state, log.warn)):
+                if signum:
+                    raise Stopped(signum, step)
+        if settings.patience and (restored := _restore(state, best, log)):
             state = devices.replicate(restored[0])
     return state, progress
 
 
+def _restore(
+    template: TrainState, store: Checkpoints, log: RunLog
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """Returns the newest whole state of a store, as numpy arrays, and its record, or None."""
+    found = devices.on_main(lambda: store.restore_newest(template, log.warn))
+    record = devices.agree(found and found[1])
+    if record is None:
+        return None
+    return devices.from_main(found[0] if found else template), record
+
+
 def _resume(trainer: Trainer, latest: Checkpoints, log: RunLog) -> tuple[TrainState, Progress]:
-    restored = latest.restore_newest(jax.eval_shape(trainer.init), log.warn)
+    restored = _restore(jax.eval_shape(trainer.init), latest, log)
     if restored is None:
         return devices.replicate(trainer.init()), Progress()
     state, record = restored

@@ -42,6 +42,18 @@ _CHECKPOINT = flags.DEFINE_enum(
     ["latest", "best"],
     "Which parameters evaluate and predict use. Default: those the run reported on.",
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Train with other processes, which srun or mpirun started."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Without srun or mpirun: HOST:PORT where process 0 listens."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Without srun or mpirun: how many processes there are."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Without srun or mpirun: this process' number, from 0."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print predictions as JSON.")
 
 
@@ -58,9 +70,15 @@ def main(argv: list[str]) -> None:
     wanted = config.with_overrides(base, _SET.value)
     workdir = Path(_WORKDIR.value or default_workdir(wanted, _SET.value))
 
-    from cnn_jax import modes  # imports JAX, so it waits until the flags are known to be right
+    if _DISTRIBUTED.value and mode != "train":
+        raise UserError(f"--distributed is for --mode=train, not {mode}")
+
+    # These import JAX, so they wait until the flags are known to be right.
+    from cnn_jax import devices, modes
 
     modes.set_up_jax(wanted)
+    if _DISTRIBUTED.value:
+        devices.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if mode == "train":
         modes.train(wanted, workdir)
     elif mode == "summary":

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 
-from cnn_jax import data, losses, models, photos, runs
+from cnn_jax import data, devices, loop, losses, models, photos, runs
 from cnn_jax import evaluate as evaluation
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError
-from cnn_jax.run_log import RunLog
+from cnn_jax.run_log import RunLog, SilentLog
 
 
 def set_up_jax(config: Config) -> None:
@@ -31,17 +32,28 @@ def set_up_jax(config: Config) -> None:
 
 def train(config: Config, workdir: Path) -> None:
     """Trains or resumes a run, and prints its result and where it lies."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=not devices.is_main())
     with runs.claim(workdir, config):
         summary = runs.finished(workdir)
         if summary:
             console.print(f"{workdir} is finished; another --workdir or --set trains anew")
         else:
-            log = RunLog(workdir, console)
             dataset = _load_data(config, console)
-            summary = runs.run(config, dataset, workdir, log)
-    _print_result(console, summary)
+            devices.check_same_data(dataset.sha256)
+            run = runs.run if config.train.seeds == 1 else runs.run_seeds
+            summary = run(loop.Trainer(config, dataset), workdir, partial(_log, console))
+    for one in summary.get("runs", [summary]):
+        _print_result(console, one)
+    if "runs" in summary:
+        console.print(
+            f"{len(summary['runs'])} seeds: test accuracy {summary['test_accuracy_mean']:.2%}, "
+            f"standard deviation {summary['test_accuracy_std']:.2%}"
+        )
     console.print(f"everything about this run is in {workdir}")
+
+
+def _log(console: Console, workdir: Path) -> RunLog:
+    return RunLog(workdir, console) if devices.is_main() else SilentLog()
 
 
 def _load_data(config: Config, console: Console) -> data.ImageDataset:
@@ -52,7 +64,8 @@ def _load_data(config: Config, console: Console) -> data.ImageDataset:
 
 
 def _print_result(console: Console, summary: dict[str, Any]) -> None:
-    line = f"test accuracy {summary['test_accuracy']:.2%}, test loss {summary['test_loss']:.4f}"
+    line = f"seed {summary['seed']}: " if summary["seed"] else ""
+    line += f"test accuracy {summary['test_accuracy']:.2%}, test loss {summary['test_loss']:.4f}"
     if summary["steps"]:
         line += (
             f" after {summary['epochs']} epochs ({summary['seconds']:.1f} s of training, "

@@ -115,6 +115,27 @@ class RunLog:
         self._writer.close()
 
 
+class SilentLog(RunLog):
+    """The log of a process that is not the main one: takes everything and writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        """Says nothing."""
+
+    @contextlib.contextmanager
+    def running(self, step: int, total_steps: int, steps_per_epoch: int) -> Iterator[None]:
+        """Opens nothing."""
+        yield
+
+    def segment(self, lines: list[dict[str, Any]], images_per_second: float) -> None:
+        """Records nothing."""
+
+    def flush(self) -> None:
+        """Has nothing to put on disk."""
+
+
 def _truncate(path: Path, step: int) -> None:
     """Drops the lines past `step`, and a last line that a kill cut short."""
     if not path.exists():

@@ -6,16 +6,16 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import jax
 
-from cnn_jax import checkpoint, config, loop, models, trees
+from cnn_jax import checkpoint, config, devices, loop, models, trees
 from cnn_jax.config import Config
-from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog
 
@@ -24,11 +24,18 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 @contextlib.contextmanager
 def claim(workdir: Path, wanted: Config) -> Iterator[None]:
-    """Makes `workdir` this process' own while the block runs, with `wanted` as its config.
+    """Makes `workdir` this run's own while the block runs, with `wanted` as its config.
 
     Raises:
-        UserError: another process holds it, it was made by another config, or it can't be written.
+        UserError: another run holds it, it was made by another config, or it can't be written.
     """
+    with contextlib.ExitStack() as held:
+        devices.on_main(lambda: held.enter_context(_claim(workdir, wanted)))
+        yield
+
+
+@contextlib.contextmanager
+def _claim(workdir: Path, wanted: Config) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
@@ -62,10 +69,10 @@ def check_config(workdir: Path, wanted: Config) -> None:
         )
 
 
-def run(wanted: Config, dataset: ImageDataset, workdir: Path, log: RunLog) -> dict[str, Any]:
+def run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) -> dict[str, Any]:
     """Trains, evaluates once on the test set, writes summary.json, and returns what it holds."""
-    trainer = loop.Trainer(wanted, dataset)
-    state, progress = loop.fit(trainer, workdir, log)
+    wanted, dataset = trainer.config, trainer.dataset
+    state, progress = loop.fit(trainer, workdir, log_in(workdir))
     result = trainer.evaluate(state, dataset.test)
     steps = int(state.step)
     sums = jax.device_get(state.epoch_sums)
@@ -93,14 +100,41 @@ def run(wanted: Config, dataset: ImageDataset, workdir: Path, log: RunLog) -> di
         "versions": versions(),
         "device": device(),
     }
-    write_json(workdir / "summary.json", summary)
+    devices.on_main(lambda: write_json(workdir / "summary.json", summary))
     return summary
+
+
+def run_seeds(
+    trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]
+) -> dict[str, Any]:
+    """Runs each seed of `train.seeds` in a subfolder, as a run of its own, with one compilation.
+
+    A seed that is finished is not run again. Returns what it writes to summary.json: mean and
+    standard deviation (n - 1) of the test accuracies, and the seeds' summaries.
+    """
+    wanted = trainer.config
+    summaries = []
+    for seed in range(wanted.seed, wanted.seed + wanted.train.seeds):
+        trainer = trainer.with_seed(seed)
+        folder = workdir / f"seed-{seed}"
+        with claim(folder, trainer.config):
+            summaries.append(finished(folder) or run(trainer, folder, log_in))
+    accuracies = [summary["test_accuracy"] for summary in summaries]
+    total = {
+        "config": config.to_dict(wanted),
+        "test_accuracy_mean": fmean(accuracies),
+        "test_accuracy_std": stdev(accuracies),
+        "runs": summaries,
+    }
+    devices.on_main(lambda: write_json(workdir / "summary.json", total))
+    return total
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:
     """Returns the summary of a run that has ended, or None."""
     path = workdir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    text = devices.on_main(lambda: path.read_text() if path.exists() else None)
+    return json.loads(found) if (found := devices.agree(text)) else None
 
 
 def versions() -> dict[str, str]:
@@ -147,6 +181,11 @@ def load_trained(workdir: Path, run_config: Config, kind: str = "") -> TrainedMo
     Raises:
         UserError: no whole checkpoint of that kind is there.
     """
+    if run_config.train.seeds > 1:
+        raise UserError(
+            f"{workdir} holds {run_config.train.seeds} runs; name one of them, such as "
+            f"--workdir={workdir / f'seed-{run_config.seed}'}"
+        )
     kind = kind or ("best" if run_config.train.patience else "latest")
     loaded = checkpoint.load(
         workdir, kind, lambda name: name.startswith(("params.", "ema_params.", "batch_stats."))

@@ -26,11 +26,6 @@ class StopRequest:
             raise SystemExit(128 + signum)
         self.requested = signum
 
-    def raise_if_requested(self, step: int) -> None:
-        """Raises `Stopped` if a signal has come."""
-        if self.requested:
-            raise Stopped(self.requested, step)
-
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[StopRequest]:

@@ -179,6 +179,12 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"segment_steps": 0}, "train.segment_steps must be positive"),
     (TrainConfig, {"checkpoint_seconds": -1.0}, "train.checkpoint_seconds must be 0 or more"),
     (TrainConfig, {"keep_checkpoints": 0}, "train.keep_checkpoints must be positive"),
+    (TrainConfig, {"seeds": 0}, "train.seeds must be positive"),
+    (
+        Config,
+        {"seed": 2**32 - 1, "train": TrainConfig(seeds=2)},
+        "train.seeds=2 ends at seed 4294967296, past 2**32 - 1",
+    ),
     (
         Config,
         {"train": TrainConfig(patience=1)},

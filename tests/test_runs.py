@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from test_train import edit, quiet
@@ -13,11 +14,12 @@ from cnn_jax import evaluate, loop, runs, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
+from cnn_jax.run_log import RunLog
 
 
 def finish(config: Config, dataset: ImageDataset, workdir: Path) -> dict:
     with runs.claim(workdir, config):
-        return runs.run(config, dataset, workdir, quiet(workdir))
+        return runs.run(loop.Trainer(config, dataset), workdir, quiet)
 
 
 def test_a_workdir_is_claimed_by_one_process_at_a_time(tiny: Config, tmp_path: Path):
@@ -127,3 +129,38 @@ def test_json_is_written_whole_or_not_at_all(workdir: Path):
     with pytest.raises(TypeError):
         runs.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_seeds_are_runs_of_their_own_with_one_compilation(
+    tiny: Config, dataset: ImageDataset, tmp_path: Path
+):
+    config = replace(edit(tiny, train={"seeds": 3}), seed=4)
+    folder = tmp_path / "seeds"
+    compiled, before_run = [], []
+
+    def log_in(workdir: Path) -> RunLog:
+        before_run.append(len(compiled))
+        return quiet(workdir)
+
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        total = runs.run_seeds(loop.Trainer(config, dataset), folder, log_in)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert before_run[0] < before_run[1] == before_run[2] == len(compiled)
+    written = runs.finished(folder)
+    runs.run_seeds(loop.Trainer(config, dataset), folder, log_in)
+    assert len(before_run) == 3, "a finished seed was run again"
+    assert written == runs.finished(folder) == json.loads(json.dumps(total))
+    singles = [finish(replace(tiny, seed=s), dataset, tmp_path / f"{s}") for s in (4, 5, 6)]
+    hashes = [single["params_sha256"] for single in singles]
+    assert [run["params_sha256"] for run in total["runs"]] == hashes
+    assert len(set(hashes)) == 3
+    assert configuration.load(folder / "seed-6/config.json") == replace(tiny, seed=6)
+    accuracies = [single["test_accuracy"] for single in singles]
+    np.testing.assert_allclose(total["test_accuracy_mean"], np.mean(accuracies))
+    np.testing.assert_allclose(total["test_accuracy_std"], np.std(accuracies, ddof=1))
+    with pytest.raises(UserError, match=r"holds 3 runs; name one of them, such as .*seed-4"):
+        runs.load_trained(folder, config)
