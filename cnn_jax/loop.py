@@ -75,6 +75,7 @@ class Trainer:
         """
         inputs = *self._examples, self._train_key, devices.replicate(np.int32(0))
         self._segment = train.train_segment.lower(self.recipe, state, *inputs).compile()
+        devices.trim_heap()
 
     def run_segment(self, state: TrainState, n_steps: int) -> tuple[TrainState, train.History]:
         """Runs steps and returns the state and their history as numpy arrays [n_steps].

@@ -86,6 +86,18 @@ def test_kernels_start_glorot_uniform_and_biases_at_zero():
         assert 0.85 * limit < np.abs(leaf).max() <= limit, name
 
 
+def test_a_kernel_is_drawn_evenly_and_no_row_twice():
+    """More rows than are drawn at once, and not a multiple of them."""
+    kernel = np.asarray(models.glorot_uniform(jax.random.key(0), (3, 100, 40)), np.float64)
+    limit = np.sqrt(6 / (3 * 140))
+    rows = kernel.reshape(300, 40)
+    assert len(np.unique(rows, axis=0)) == 300
+    counts, _ = np.histogram(kernel, bins=10, range=(-limit, limit))
+    assert counts.sum() == 12000
+    assert abs(counts - 1200).max() < 5 * np.sqrt(1200)
+    assert abs(np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[0, 1]) < 0.05
+
+
 def by_hand(params: dict, images: np.ndarray, activation) -> np.ndarray:
     """SMALL written out with lax and numpy."""
     x = images

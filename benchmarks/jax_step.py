@@ -1,0 +1,201 @@
+"""A worker that trains in JAX; started by speed.py.
+
+Usage: python jax_step.py CONFIG BATCH_SIZE KIND [EXPORT]. KIND is float32 or bfloat16 (this
+project's compiled segment), step (its step in a Python loop), plain (nn.Conv, nn.max_pool, optax
+and a Python loop) or gemm (each step is a matrix product, the machine's rate). EXPORT.npz and
+EXPORT.json receive what torch_step.py needs to start from the same parameters and see the same
+batches.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from worker import serve
+
+from cnn_jax import configs, data, loop, train, trees
+from cnn_jax.config import Config, DataConfig
+from cnn_jax.data import ImageDataset, Split
+
+Runner = Callable[[int], list[float]]
+"""Runs so many steps and returns their losses."""
+
+N_IMAGES = 4096
+KEY = jax.random.key(1)
+GEMM_SIZE = 2048
+
+
+def make_data() -> ImageDataset:
+    """Returns scikit-learn's digits, repeated to N_IMAGES.
+
+    Real images, because on noise two correct frameworks drift apart within a few steps.
+    """
+    digits = data.load(DataConfig(name="digits"))
+    images = np.resize(digits.train.images, (N_IMAGES, *digits.image_shape))
+    return replace(digits, train=Split(images, np.resize(digits.train.labels, N_IMAGES)))
+
+
+def segment_runner(config: Config, export: str | None) -> Runner:
+    """Returns a function that runs steps of this project's compiled segment."""
+    dataset = make_data()
+    trainer = loop.Trainer(config, dataset)
+    state = trainer.init()
+    if export:
+        write_spec(export, config, dataset, state.params)
+    trainer.compile(state)
+
+    def run(n_steps: int) -> list[float]:
+        nonlocal state
+        state, history = trainer.run_segment(state, n_steps)
+        return (history.sums.loss / history.sums.count).tolist()
+
+    return run
+
+
+def step_runner(config: Config) -> Runner:
+    """Returns a function that calls this project's step in a Python loop, without a segment."""
+    dataset = make_data()
+    recipe = train.make_recipe(config, 10, N_IMAGES // config.train.batch_size)
+    state = train.init_state(recipe, jax.random.key(0), dataset.image_shape)
+    images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
+    rng = np.random.default_rng(1)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, images, labels, index):
+        batch = train.Batch(images[index], labels[index], jnp.ones(len(index)))
+        return train.train_step(recipe, state, batch, jax.random.fold_in(KEY, state.step))
+
+    def run(n_steps: int) -> list[float]:
+        nonlocal state
+        sums = []
+        for _ in range(n_steps):
+            index = rng.integers(0, N_IMAGES, config.train.batch_size)
+            state, totals = step(state, images, labels, index)
+            sums.append(totals)
+        jax.block_until_ready(state)
+        return [float(totals.loss / totals.count) for totals in sums]
+
+    return run
+
+
+def write_spec(path: str, config: Config, dataset: ImageDataset, params: Any) -> None:
+    """Writes what torch_step.py reads: the start, the images, and their order in epoch 0."""
+    train_key = jax.random.split(jax.random.key(config.seed))[1]
+    order_key = jax.random.split(train_key)[0]
+    order = train.epoch_order(order_key, jnp.int32(0), N_IMAGES, config.train.batch_size)
+    arrays = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(params).items()}
+    np.savez(f"{path}.npz", images=dataset.train.images, labels=dataset.train.labels, **arrays)
+    spec = {
+        "name": config.model.name,
+        "blocks": config.model.blocks,
+        "dense": config.model.dense,
+        "dropout": config.model.dropout,
+        "learning_rate": config.optim.learning_rate,
+        "momentum": config.optim.momentum,
+        "order": np.asarray(order).tolist(),
+        "arrays": f"{path}.npz",
+    }
+    with open(f"{path}.json", "w") as file:
+        json.dump(spec, file)
+
+
+class Plain(nn.Module):
+    """The same network as most people would write it."""
+
+    blocks: tuple[tuple[int, ...], ...]
+    dense: tuple[int, ...]
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns logits, with dropout."""
+        for widths in self.blocks:
+            for width in widths:
+                x = nn.relu(nn.Conv(width, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape((x.shape[0], -1))
+        for width in self.dense:
+            x = nn.relu(nn.Dense(width)(x))
+            x = nn.Dropout(self.dropout, deterministic=False)(x)
+        return nn.Dense(10)(x)
+
+
+def plain_runner(config: Config) -> Runner:
+    """Returns a function that runs a Python loop of jitted steps, which donate their state."""
+    dataset = make_data()
+    images, labels = dataset.train.images, dataset.train.labels
+    model = Plain(config.model.blocks, config.model.dense, config.model.dropout)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    params = jax.jit(model.init)(keys, jnp.zeros((1, 32, 32, 3)))
+    optimizer = optax.sgd(config.optim.learning_rate, momentum=config.optim.momentum)
+    state = params, optimizer.init(params)
+    rng = np.random.default_rng(1)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, images, labels, key):
+        params, opt_state = state
+
+        def mean_loss(params):
+            logits = model.apply(params, images, rngs={"dropout": key})
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, grads = jax.value_and_grad(mean_loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    def run(n_steps: int) -> list[float]:
+        nonlocal state
+        losses = []
+        for _ in range(n_steps):
+            index = rng.integers(0, N_IMAGES, config.train.batch_size)
+            batch = images[index].astype(np.float32) / 255
+            key = jax.random.key(int(rng.integers(2**31)))
+            state, loss = step(state, batch, labels[index], key)
+            losses.append(loss)
+        jax.block_until_ready(state)
+        return [float(loss) for loss in losses]
+
+    return run
+
+
+def gemm_runner() -> Runner:
+    """Returns a function whose step is a float32 matrix product of GEMM_SIZE cubed."""
+    a = jnp.ones((GEMM_SIZE, GEMM_SIZE))
+    product = jax.jit(jnp.dot)
+
+    def run(n_steps: int) -> list[float]:
+        for _ in range(n_steps):
+            product(a, a).block_until_ready()
+        return []
+
+    return run
+
+
+def main(name: str, batch_size: str, kind: str, export: str | None = None) -> None:
+    """Serves training steps."""
+    config = configs.get(name)
+    settings = replace(config.train, batch_size=int(batch_size), segment_steps=32)
+    # At the chapter's 0.01 the first steps are so unstable that rounding grows tenfold every three
+    # of them, between any two implementations: XLA's own convolutions leave PyTorch's as fast.
+    optim = replace(config.optim, learning_rate=0.001)
+    config = replace(config, train=settings, optim=optim)
+    if kind == "gemm":
+        return serve(gemm_runner())
+    if kind == "plain":
+        return serve(plain_runner(config))
+    if kind == "step":
+        return serve(step_runner(config))
+    model = replace(config.model, dtype=kind)
+    return serve(segment_runner(replace(config, model=model), export))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,167 @@
+"""Times training steps against PyTorch and against plain flax, in turn, on this machine.
+
+python benchmarks/speed.py --torch_python=PATH [--models=vgg1,vgg3] [--batch_sizes=64,128]
+
+PATH is the Python of an environment of its own with PyTorch, made for example by
+    python -m venv torch_env && torch_env/bin/pip install torch==2.13.0 numpy
+Without it only JAX is timed. For each network and batch size every competitor is a process that
+stays alive; rounds go through all of them, one at work at a time, so that a slow minute of the
+machine hits all. Printed and saved: median images/s, the median over rounds of each competitor's
+time over ours, peak memory, and ours as a share of the float32 matrix-product rate measured in
+the same rounds. FLOPs are three times those of the forward pass. Before that, PyTorch and this
+project train from the same parameters on the same batches: their losses must agree.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from absl import app, flags
+
+HERE = Path(__file__).resolve().parent
+GEMM_FLOPS = 2 * 2048**3
+
+_MODELS = flags.DEFINE_list(
+    "models", ["simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout"], "Configs to time."
+)
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["64", "128"], "Batch sizes to time.")
+_TORCH_PYTHON = flags.DEFINE_string("torch_python", None, "Python of an environment with PyTorch.")
+_COMPILE = flags.DEFINE_bool("compile", True, "Time torch.compile as well.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timings of each competitor.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 4, "Steps of a timing.", lower_bound=1, upper_bound=32)
+_OUT = flags.DEFINE_string("out", "speed.json", "File that receives the table.")
+_TOLERANCE = 1e-4
+_CHECKED_STEPS = 20
+
+
+class Competitor:
+    """A worker process."""
+
+    def __init__(self, python: str, script: str, *args: str) -> None:
+        path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen(
+            [python, str(HERE / script), *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def run(self, n_steps: int) -> dict[str, Any]:
+        """Runs steps; returns seconds, losses and peak memory, or nothing if the process died."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(f"{n_steps}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return {}
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else {}
+
+    def stop(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def check_losses(ours: Competitor, torch: Competitor, dropout: float) -> float | None:
+    """Returns the largest difference of the first losses; None where dropout makes them differ."""
+    a, b = (competitor.run(_CHECKED_STEPS)["losses"] for competitor in (ours, torch))
+    if dropout:
+        return None
+    difference = max(abs(x - y) for x, y in zip(a, b, strict=True))
+    if difference > _TOLERANCE:
+        raise SystemExit(f"losses differ by {difference:g}: not the same work is being timed")
+    return difference
+
+
+def time_model(name: str, batch_size: str, folder: Path) -> list[dict[str, Any]]:
+    """Returns a row of the table for each competitor, this project in float32 first."""
+    from cnn_jax import configs, models
+
+    config = configs.get(name)
+    flops = (
+        3
+        * int(batch_size)
+        * sum(row.flops for row in models.summarize(models.build(config.model, 10), (32, 32, 3)))
+    )
+    export = str(folder / f"{name}_{batch_size}")
+    jax = [sys.executable, "jax_step.py", name, batch_size]
+    competitors = {"cnn_jax float32": Competitor(*jax, "float32", export)}
+    competitors["cnn_jax float32"].run(0)
+    competitors["cnn_jax bfloat16"] = Competitor(*jax, "bfloat16")
+    competitors["cnn_jax step loop"] = Competitor(*jax, "step")
+    competitors["plain flax"] = Competitor(*jax, "plain")
+    gemm = Competitor(*jax, "gemm")
+    difference = None
+    if _TORCH_PYTHON.value:
+        kinds = {"torch eager": (False, False), "torch bfloat16": (True, False)}
+        if _COMPILE.value:
+            kinds["torch.compile"] = (False, True)
+        spec = json.loads(Path(f"{export}.json").read_text())
+        for kind, (autocast, compiled) in kinds.items():
+            path = Path(f"{export}_{autocast:d}{compiled:d}.json")
+            path.write_text(json.dumps(spec | {"autocast": autocast, "compile": compiled}))
+            competitors[kind] = Competitor(_TORCH_PYTHON.value, "torch_step.py", str(path))
+        difference = check_losses(
+            competitors["cnn_jax float32"], competitors["torch eager"], config.model.dropout
+        )
+    rounds: dict[str, list[float]] = {kind: [] for kind in competitors}
+    rates, peaks = [], {}
+    for i in range(-1, _ROUNDS.value):  # Round -1 compiles and warms up.
+        rates.append(GEMM_FLOPS * 8 / gemm.run(8)["seconds"])
+        for kind, competitor in competitors.items():
+            answer = competitor.run(_STEPS.value)
+            peaks[kind] = answer.get("peak_mb")
+            if i >= 0 and answer:
+                rounds[kind].append(answer["seconds"] / _STEPS.value)
+    for competitor in (*competitors.values(), gemm):
+        competitor.stop()
+    ours = rounds["cnn_jax float32"]
+    return [
+        {
+            "model": name,
+            "batch_size": int(batch_size),
+            "kind": kind,
+            "images_per_second": int(batch_size) / median(seconds),
+            "time_over_ours": median(a / b for a, b in zip(seconds, ours, strict=True)),
+            "peak_mb": peaks[kind],
+            "share_of_gemm_rate": flops / median(seconds) / median(rates[1:]),
+            "loss_difference": difference,
+        }
+        for kind, seconds in rounds.items()
+        if seconds
+    ]
+
+
+def main(_: list[str]) -> None:
+    """Times all, prints the table and saves it."""
+    if not _TORCH_PYTHON.value:
+        print("Without --torch_python PyTorch is left out; --help says how to install it.")
+    rows = []
+    print("| model | batch | | images/s | time / ours | peak MB | share of GEMM rate |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in _MODELS.value:
+            for batch_size in _BATCH_SIZES.value:
+                for row in time_model(name, batch_size, Path(folder)):
+                    rows.append(row)
+                    print(
+                        f"| {name} | {batch_size} | {row['kind']} "
+                        f"| {row['images_per_second']:.0f} | {row['time_over_ours']:.2f} "
+                        f"| {row['peak_mb']:.0f} | {row['share_of_gemm_rate']:.0%} |",
+                        flush=True,
+                    )
+                print(f"largest loss difference: {rows[-1]['loss_difference']}", flush=True)
+                Path(_OUT.value).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+    app.run(main)
