@@ -163,6 +163,8 @@ class TrainConfig:
     """Decay per step of the averaged parameters that are evaluated. 0: no average."""
     patience: int = 0
     """Stop after so many epochs without a better validation accuracy. 0: never."""
+    skip_nonfinite: bool = False
+    """Pass over steps whose loss or gradient is not finite, and count them, instead of stopping."""
     segment_steps: int = 50
     """Steps run on the device between two looks of the host. Changes no result."""
     checkpoint_seconds: float = 120.0

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cnn_jax import devices, evaluate, train
+from cnn_jax import devices, evaluate, train, trees
 from cnn_jax.checkpoint import Checkpoints
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset, Split
@@ -31,6 +31,8 @@ class Progress:
     best_accuracy: float = -1.0
     """Best validation accuracy so far; -1 before the first."""
     best_epoch: int = 0
+    skipped_steps: int = 0
+    """Steps passed over as their loss or gradient was not finite."""
 
 
 class Trainer:
@@ -108,7 +110,7 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
 
     Raises:
         stop.Stopped: SIGTERM or Ctrl-C came; the state is saved and a rerun goes on from it.
-        UserError: the loss is no longer finite, or the data is not what the checkpoint saw.
+        UserError: the run is no longer finite, or the data is not what the checkpoint saw.
     """
     settings = trainer.config.train
     with (
@@ -129,6 +131,7 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
                 progress.images += images
                 lines = _metrics(step, history)
                 step += len(lines)
+                progress.skipped_steps += _check_finite(settings.skip_nonfinite, lines, state)
                 ends_epoch = step % trainer.steps_per_epoch == 0
                 if ends_epoch:
                     lines[-1] |= _end_epoch(trainer, state, progress, best)
@@ -181,15 +184,12 @@ def _record(trainer: Trainer, progress: Progress) -> dict[str, Any]:
 
 
 def _metrics(step: int, history: train.History) -> list[dict[str, Any]]:
-    """Returns a line for each step of a segment that began after `step` steps.
-
-    Raises:
-        UserError: a loss is not finite.
-    """
+    """Returns a line for each step of a segment that began after `step` steps."""
     columns = {
         "loss": history.sums.loss / history.sums.count,
         "accuracy": history.sums.correct / history.sums.count,
         "learning_rate": history.learning_rate,
+        "grad_norm": history.grad_norm,
     }
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     lines = [
@@ -197,12 +197,36 @@ def _metrics(step: int, history: train.History) -> list[dict[str, Any]]:
         for number, row in enumerate(rows, start=step + 1)
     ]
     for line in lines:
-        if not math.isfinite(line["loss"]):
-            raise UserError(
-                f"loss {line['loss']} at step {line['step']}, learning rate "
-                f"{line['learning_rate']:g}: lower optim.learning_rate or set optim.clip_norm"
-            )
+        if line["grad_norm"] == -1:
+            del line["grad_norm"]
     return lines
+
+
+def _check_finite(skip: bool, lines: list[dict[str, Any]], state: TrainState) -> int:
+    """Stops a run that is no longer finite, before anything of the segment is recorded or saved.
+
+    A gradient that is not finite is seen in its own step's norm where that was computed, else in
+    the next step's loss; or in the state, where an infinite bias behind a ReLU hides from losses.
+
+    Returns:
+        How many steps were skipped; in their lines nothing is left but step and learning rate.
+
+    Raises:
+        UserError: names the first step that is not finite, or the last where none tells.
+    """
+    figures = ("loss", "grad_norm")
+    bad = [x for x in lines if not all(math.isfinite(x[k]) for k in figures if k in x)]
+    finite = bool(trees.all_finite(state))
+    if finite and (skip or not bad):
+        for line in bad:
+            line |= {"loss": None, "accuracy": None, "grad_norm": None, "skipped": True}
+        return len(bad)
+    line = (bad or lines[-1:])[0]
+    raise UserError(
+        f"loss {line['loss']:g}, learning rate {line['learning_rate']:g}, gradient norm "
+        f"{line['grad_norm']:g} at step {line['step']}: no longer finite, and not saved; lower "
+        "optim.learning_rate, or set optim.clip_norm or train.skip_nonfinite"
+    )
 
 
 def _end_epoch(
@@ -211,6 +235,8 @@ def _end_epoch(
     """Returns the epoch's figures; validates, and keeps the parameters if they are the best."""
     step, sums = jax.device_get((state.step, state.epoch_sums))
     epoch = int(step) // trainer.steps_per_epoch
+    if not sums.count:
+        raise UserError(f"train.skip_nonfinite skipped every step of epoch {epoch}")
     figures = {
         "epoch": epoch,
         "train_loss": float(sums.loss / sums.count),

@@ -20,8 +20,9 @@ class RunLog:
     """Writes one line a step to metrics.jsonl, and shows the run to whoever watches.
 
     A line has `step`, `loss`, `accuracy` and `learning_rate`; that of a segment's last step has
-    `images_per_second` too, and that of an epoch's last step `epoch`, `train_loss`,
-    `train_accuracy` and, with a validation split, `validation_loss` and `validation_accuracy`.
+    `grad_norm` and `images_per_second` too, and that of an epoch's last step `epoch`, `train_loss`,
+    `train_accuracy` and, with a validation split, `validation_loss` and `validation_accuracy`. A
+    step that was passed over has `skipped`, and null for what was not finite.
     """
 
     def __init__(self, workdir: Path, console: Console | None = None) -> None:
@@ -78,7 +79,7 @@ class RunLog:
         last["images_per_second"] = round(images_per_second, 1)
         self._file.writelines(json.dumps(line) + "\n" for line in lines)
         for name, value in last.items():
-            if name not in ("step", "epoch"):
+            if name not in ("step", "epoch", "skipped") and value is not None:
                 self._writer.add_scalar(name, value, step)
         self._show(step, last)
 
@@ -86,7 +87,7 @@ class RunLog:
         epoch = (step - 1) // self._steps_per_epoch + 1
         loss = last.get("train_loss", last["loss"])
         accuracy = last.get("train_accuracy", last["accuracy"])
-        text = f"loss {loss:.4f}  accuracy {accuracy:.2%}"
+        text = "skipped" if loss is None else f"loss {loss:.4f}  accuracy {accuracy:.2%}"
         if "validation_accuracy" in last:
             text += f"  validation {last['validation_accuracy']:.2%}"
         text += f"  {last['images_per_second']:,.0f} images/s"

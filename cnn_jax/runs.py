@@ -87,6 +87,7 @@ def run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) 
         "best_validation_accuracy": progress.best_accuracy if progress.best_epoch else None,
         "epochs": steps // trainer.steps_per_epoch,
         "steps": steps,
+        "skipped_steps": progress.skipped_steps,
         "images_per_second": progress.images / progress.seconds if steps else None,
         "seconds": progress.seconds,
         "param_count": trees.param_count(state.params),

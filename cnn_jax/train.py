@@ -32,6 +32,7 @@ class Recipe:
     batch_size: int
     accumulate: int
     ema_decay: float
+    skip_nonfinite: bool
     max_segment: int
 
 
@@ -55,6 +56,8 @@ class History:
 
     sums: Sums
     learning_rate: Float[Array, "steps"]
+    grad_norm: Float[Array, "steps"]
+    """Global norm of the gradient, -1 where `train_segment` does not compute it."""
 
 
 @struct.dataclass
@@ -104,6 +107,7 @@ def make_recipe(config: Config, n_classes: int, steps_per_epoch: int) -> Recipe:
         batch_size=config.train.batch_size,
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema_decay,
+        skip_nonfinite=config.train.skip_nonfinite,
         max_segment=config.train.segment_steps,
     )
 
@@ -178,19 +182,37 @@ def _gradients(
 
 
 def train_step(
-    recipe: Recipe, state: TrainState, batch: Batch, key: Key[Array, ""]
-) -> tuple[TrainState, Sums]:
-    """Returns the state after one update on `batch`, and the batch's totals before it.
+    recipe: Recipe, state: TrainState, batch: Batch, key: Key[Array, ""], is_last: Any = True
+) -> tuple[TrainState, Sums, Float[Array, ""]]:
+    """Returns the state after one update on `batch`, the batch's totals before it, and its norm.
 
-    Pure: dropout and augmentation are functions of `key`, which no other step may use.
+    Pure: dropout and augmentation are functions of `key`, which no other step may use. The norm of
+    the gradient is -1 unless `is_last` (bool []), the loss is not finite or `skip_nonfinite`: it
+    reads the whole gradient once more, 12 ms of a step's 390 for the 84 million of vgg1.
     """
     grads, batch_stats, sums = _gradients(recipe, state, batch, key)
+    wanted = is_last | ~jnp.isfinite(sums.loss) | recipe.skip_nonfinite
+    norm = jax.lax.cond(wanted, optax.tree.norm, lambda _: jnp.full((), -1.0), grads)
+    if not recipe.skip_nonfinite:
+        return _update(recipe, state, grads, batch_stats, sums), sums, norm
+    state = jax.lax.cond(
+        jnp.isfinite(sums.loss) & jnp.isfinite(norm),
+        lambda: _update(recipe, state, grads, batch_stats, sums),
+        lambda: replace(state, step=state.step + 1),
+    )
+    return state, sums, norm
+
+
+def _update(
+    recipe: Recipe, state: TrainState, grads: Any, batch_stats: Any, sums: Sums
+) -> TrainState:
+    """Returns the state after the optimizer's step."""
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if recipe.ema_decay:
         ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
-    state = replace(
+    return replace(
         state,
         step=state.step + 1,
         params=params,
@@ -199,7 +221,6 @@ def train_step(
         ema_params=ema_params,
         epoch_sums=jax.tree.map(jnp.add, state.epoch_sums, sums),
     )
-    return state, sums
 
 
 @partial(jax.jit, static_argnames="recipe", donate_argnames="state")
@@ -214,7 +235,8 @@ def train_segment(
     """Runs `n_steps` steps, at most `max_segment` and all within one epoch, without the host.
 
     The number of steps is data, not shape: one program serves segments of every length, and a
-    step's bits do not depend on the segment that it falls into.
+    step's bits do not depend on the segment that it falls into. The norm of the gradient is that
+    of the last step, of steps whose loss is not finite and, with `skip_nonfinite`, of all.
     """
     order_key, step_key = jax.random.split(key)
     n = len(images)
@@ -230,10 +252,11 @@ def train_segment(
         rate = jnp.asarray(recipe.schedule(state.step), jnp.float32)
         index = devices.spread(order[state.step % steps_per_epoch])
         batch = Batch(images[index], labels[index], (index >= 0).astype(jnp.float32))
-        state, sums = train_step(recipe, state, batch, jax.random.fold_in(step_key, state.step))
-        now = History(sums, rate)
+        key = jax.random.fold_in(step_key, state.step)
+        state, sums, norm = train_step(recipe, state, batch, key, i == n_steps - 1)
+        now = History(sums, rate, norm)
         return state, jax.tree.map(lambda array, value: array.at[i].set(value), history, now)
 
     steps = (recipe.max_segment,)
-    start = state, History(Sums.zeros(steps), jnp.zeros(steps))
+    start = state, History(Sums.zeros(steps), jnp.zeros(steps), jnp.zeros(steps))
     return jax.lax.fori_loop(0, n_steps, body, start)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -29,6 +30,13 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
 def param_count(params: Any) -> int:
     """Returns the number of scalars in a tree of arrays."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Returns whether no floating-point leaf holds an infinity or NaN, as bool []."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def sha256(tree: Any) -> str:

@@ -64,7 +64,7 @@ def test_summary_says_what_was_run(tiny: Config, dataset: ImageDataset, workdir:
     state, progress = loop.fit(loop.Trainer(tiny, dataset), workdir, quiet(workdir))
     assert configuration.from_dict(summary["config"]) == tiny
     assert summary["seed"] == 0
-    assert (summary["epochs"], summary["steps"]) == (2, 6)
+    assert (summary["epochs"], summary["steps"], summary["skipped_steps"]) == (2, 6, 0)
     assert summary["param_count"] == 4 * 28 + 4 * 37 + 8 * 17 + 3 * 9
     assert summary["params_sha256"] == trees.sha256(state.params)
     assert summary["seconds"] == progress.seconds

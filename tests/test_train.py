@@ -141,8 +141,8 @@ def test_parts_of_a_batch_drop_different_units(tiny: Config, dataset: ImageDatas
     images = jnp.repeat(jnp.asarray(dataset.train.images[:1]), 8, axis=0)
     batch = train.Batch(images, jnp.zeros(8, jnp.int32), jnp.ones(8))
     halves = jax.tree.map(lambda x: x.at[4:].set(0) if x.ndim == 1 else x, batch)
-    _, both = train.train_step(recipe, state, batch, jax.random.key(1))
-    _, first = train.train_step(recipe, state, halves, jax.random.key(1))
+    _, both, _ = train.train_step(recipe, state, batch, jax.random.key(1))
+    _, first, _ = train.train_step(recipe, state, halves, jax.random.key(1))
     assert abs(float(both.loss) - 2 * float(first.loss)) > 1e-4
 
 
@@ -289,12 +289,132 @@ def test_checkpoints_are_saved_in_an_epoch_when_due(
         assert store.steps() == [3, 6]
 
 
+def with_gradients(monkeypatch, change) -> None:
+    """Puts `change(step, grads)` in the place of the gradients of every step."""
+    gradients = train._gradients
+
+    def changed(recipe, state, batch, key):
+        grads, batch_stats, sums = gradients(recipe, state, batch, key)
+        return change(state.step, grads), batch_stats, sums
+
+    monkeypatch.setattr(train, "_gradients", changed)
+
+
+def spoil(layer: str, name: str, value: float, *steps: int):
+    """Returns a change of gradients: one element becomes `value` at the given steps, from 1."""
+
+    def change(step, grads):
+        leaf = grads[layer][name]
+        at = jnp.isin(step + 1, jnp.array(steps))
+        spoiled = leaf.at[(0,) * leaf.ndim].set(value)
+        return grads | {layer: grads[layer] | {name: jnp.where(at, spoiled, leaf)}}
+
+    return change
+
+
+def saved_states(workdir: Path) -> dict[int, bool]:
+    """Returns, for each checkpoint of a run, whether all that it holds is finite."""
+    found = {}
+    for kind in ("latest", "best"):
+        with Checkpoints(workdir, kind) as store:
+            for step in store.steps():
+                arrays = store.read(step, lambda name: True).arrays.values()
+                found[step] = all(np.isfinite(array).all() for array in arrays)
+    return found
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     tiny: Config, dataset: ImageDataset, workdir: Path
 ):
     config = edit(tiny, optim={"learning_rate": 1e30}, train={"checkpoint_seconds": 0.0})
-    with pytest.raises(UserError, match=r"loss nan at step \d+, learning rate 1e\+30"):
+    with pytest.raises(UserError, match=r"loss nan, learning rate 1e\+30, gradient norm nan at st"):
         loop.fit(loop.Trainer(config, dataset), workdir, quiet(workdir))
+    assert all(saved_states(workdir).values())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("step", "named", "kept"), [(4, 5, [2, 3]), (5, 5, [2, 3]), (3, 3, [2])])
+def test_a_gradient_that_is_not_finite_stops_the_run_at_its_segment(
+    tiny: Config,
+    dataset: ImageDataset,
+    workdir: Path,
+    monkeypatch,
+    value: float,
+    step: int,
+    named: int,
+    kept: list[int],
+):
+    """Segments end at steps 2, 3, 5 and 6; within one, the next step's loss tells."""
+    with_gradients(monkeypatch, spoil("head", "kernel", value, step))
+    config = edit(tiny, train={"checkpoint_seconds": 0.0, "keep_checkpoints": 9})
+    with pytest.raises(UserError, match=f"rate 0.01, gradient norm (nan|inf) at step {named}: no"):
+        loop.fit(loop.Trainer(config, dataset), workdir, quiet(workdir))
+    assert saved_states(workdir) == dict.fromkeys(kept, True)
+    assert [line["step"] for line in lines(workdir)] == list(range(1, kept[-1] + 1))
+
+
+def test_an_infinite_bias_that_a_relu_hides_is_noticed(
+    tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
+):
+    with_gradients(monkeypatch, spoil("fc1", "bias", np.inf, 4))
+    config = edit(tiny, train={"checkpoint_seconds": 0.0, "keep_checkpoints": 9})
+    with pytest.raises(UserError, match=r"loss 1\.\d+, learning rate .*norm \d.* step 5"):
+        loop.fit(loop.Trainer(no_dropout(config), dataset), workdir, quiet(workdir))
+    assert saved_states(workdir) == {2: True, 3: True}
+
+
+def test_the_gradient_norm_of_a_segment_s_last_step_is_recorded(
+    tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
+):
+    with_gradients(monkeypatch, lambda step, grads: jax.tree.map(jnp.ones_like, grads))
+    trainer = loop.Trainer(tiny, dataset)
+    loop.fit(trainer, workdir, quiet(workdir))
+    norms = {line["step"]: line["grad_norm"] for line in lines(workdir) if "grad_norm" in line}
+    expected = trees.param_count(trainer.init().params) ** 0.5
+    assert norms == pytest.approx(dict.fromkeys((2, 3, 5, 6), expected))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_that_are_not_finite_are_skipped_and_counted(
+    tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch, accumulate: int
+):
+    """A skipped step leaves everything but the step number as it was."""
+    config = edit(tiny, train={"skip_nonfinite": True, "ema_decay": 0.5, "accumulate": accumulate})
+    with_gradients(monkeypatch, spoil("fc1", "kernel", np.nan, 2, 6))
+    trainer = loop.Trainer(config, dataset)
+    state, progress = loop.fit(trainer, workdir, quiet(workdir))
+    assert progress.skipped_steps == 2
+    written = lines(workdir)
+    assert [line["step"] for line in written if line.get("skipped")] == [2, 6]
+    assert [line["step"] for line in written if line["loss"] is None] == [2, 6]
+    assert [line["step"] for line in written if line["grad_norm"] is None] == [2, 6]
+    assert float(state.epoch_sums.count) == 16  # the last batch, of 6, was the skipped one
+    before, after = (run(trainer, n)[0] for n in (5, 6))
+    for name in ("params", "opt_state", "ema_params", "epoch_sums"):
+        assert trees.sha256(getattr(before, name)) == trees.sha256(getattr(after, name))
+    assert (int(before.step), int(after.step)) == (5, 6)
+    monkeypatch.undo()
+    assert trees.sha256(run(loop.Trainer(config, dataset), 1)[0]) == trees.sha256(
+        run(trainer, 1)[0]
+    )
+
+
+def test_skipping_changes_nothing_where_all_is_finite(tiny: Config, dataset: ImageDataset):
+    plain, _ = run(loop.Trainer(tiny, dataset), 6)
+    config = edit(tiny, train={"skip_nonfinite": True})
+    skipping, _ = run(loop.Trainer(config, dataset), 6)
+    for name, leaf in trees.named_leaves(plain).items():
+        np.testing.assert_allclose(trees.named_leaves(skipping)[name], leaf, rtol=1e-5, atol=1e-7)
+
+
+def test_an_epoch_of_skipped_steps_stops_the_run(
+    tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
+):
+    with_gradients(monkeypatch, spoil("fc1", "kernel", np.nan, 4, 5, 6))
+    config = edit(tiny, train={"skip_nonfinite": True})
+    with pytest.raises(UserError, match="skipped every step of epoch 2"):
+        loop.fit(loop.Trainer(config, dataset), workdir, quiet(workdir))
+    assert saved_states(workdir) == {3: True}
 
 
 def test_optax_updates_are_what_the_state_keeps(tiny: Config, dataset: ImageDataset):
