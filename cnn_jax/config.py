@@ -165,6 +165,8 @@ class TrainConfig:
     """Stop after so many epochs without a better validation accuracy. 0: never."""
     skip_nonfinite: bool = False
     """Pass over steps whose loss or gradient is not finite, and count them, instead of stopping."""
+    deterministic: bool = False
+    """On a GPU, let XLA use only kernels that give the same bits every time. Costs speed there."""
     segment_steps: int = 50
     """Steps run on the device between two looks of the host. Changes no result."""
     checkpoint_seconds: float = 120.0

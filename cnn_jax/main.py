@@ -14,7 +14,7 @@ from cnn_jax.config import Config
 from cnn_jax.errors import UserError
 from cnn_jax.stop import Stopped
 
-MODES = ("train", "evaluate", "summary", "predict")
+MODES = ("train", "evaluate", "summary", "predict", "verify")
 
 _CONFIG = flags.DEFINE_string(
     "config", "quickstart", f"The experiment, one of:\n{configs.listing()}"
@@ -34,7 +34,8 @@ _MODE = flags.DEFINE_string(
     "train: train, or resume, and evaluate on the test set once; "
     "evaluate: evaluate a workdir's network again; "
     "summary: print layers, shapes, parameters and FLOPs; "
-    "predict: classify the image files and folders named after the flags.",
+    "predict: classify the image files and folders named after the flags; "
+    "verify: train a finished workdir's run anew elsewhere and compare the bits of the parameters.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
     if argv[1:] and mode != "predict":
         raise UserError(f"unexpected argument {argv[1]}; fields are changed by --set=field=value")
     base = configs.get(_CONFIG.value)
-    if mode in ("evaluate", "predict") and _WORKDIR.value and not _CONFIG.present:
+    if mode in ("evaluate", "predict", "verify") and _WORKDIR.value and not _CONFIG.present:
         base = config.load(Path(_WORKDIR.value) / "config.json")
     wanted = config.with_overrides(base, _SET.value)
     workdir = Path(_WORKDIR.value or default_workdir(wanted, _SET.value))
@@ -85,6 +86,8 @@ def main(argv: list[str]) -> None:
         modes.summary(wanted)
     elif mode == "evaluate":
         modes.evaluate(wanted, workdir, _CHECKPOINT.value or "")
+    elif mode == "verify":
+        sys.exit(0 if modes.verify(wanted, workdir) else 1)
     else:
         modes.predict(wanted, workdir, _CHECKPOINT.value or "", argv[1:], _JSON.value)
 

@@ -3,6 +3,7 @@
 import json
 import os
 from functools import partial
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,26 @@ from absl import logging
 from rich.console import Console
 from rich.table import Table
 
+from cnn_jax import config as configuration
 from cnn_jax import data, devices, loop, losses, models, photos, runs
 from cnn_jax import evaluate as evaluation
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog, SilentLog
+from cnn_jax.stop import Stopped
+
+# The last of equal flags counts, so this one stands after the user's own.
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def set_up_jax(config: Config) -> None:
-    """Turns on the persistent compilation cache; to be called before the first array is made.
+    """Sets what JAX reads once; to be called before the first array is made.
 
-    It lies in $JAX_COMPILATION_CACHE_DIR, or else beside the decoded images.
+    The compilation cache lies in $JAX_COMPILATION_CACHE_DIR, or else beside the decoded images.
     """
+    if config.train.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
     logging.set_verbosity(logging.WARNING)  # orbax tells of every save at INFO
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(data.cache_dir(config.data) / "xla"))
@@ -99,6 +108,38 @@ def evaluate(config: Config, workdir: Path, kind: str) -> None:
     ):
         table.add_row(name, f"{row.sum()}", f"{correct / row.sum():.2%}" if row.sum() else "-")
     console.print(table)
+
+
+def verify(config: Config, workdir: Path) -> bool:
+    """Trains a finished run anew in a temporary folder, and says whether its bits come back.
+
+    Raises:
+        UserError: the run is not finished, or its config or images are no longer what it had.
+    """
+    runs.check_config(workdir, config)
+    finished = runs.finished(workdir)
+    if finished is None:
+        raise UserError(f"{workdir} is not finished, so there is nothing to compare with")
+    if changes := configuration.differences(configuration.from_dict(finished["config"]), config):
+        raise UserError(f"{workdir} reports on another config ({'; '.join(changes)})")
+    console = Console(highlight=False, soft_wrap=True)
+    dataset = _load_data(config, console)
+    if dataset.sha256 != finished["data"]["sha256"]:
+        raise UserError(f"the images are not those that {workdir} was trained on")
+    with tempfile.TemporaryDirectory(prefix="cnn_jax_verify_") as folder:
+        try:
+            found = runs.retrain(config, dataset, Path(folder), RunLog(Path(folder), console))
+        except Stopped as stopped:
+            console.print("verification stopped; it starts anew next time")
+            raise SystemExit(stopped.exit_code) from None
+    expected = finished["params_sha256"]
+    if found == expected:
+        console.print(f"params_sha256 matches: {found}")
+        return True
+    console.print(f"params_sha256 differs: {expected} in {workdir}, {found} now")
+    changes = runs.changed_surroundings(finished)
+    console.print("\n".join(changes) or "versions and device are the same")
+    return False
 
 
 def summary(config: Config) -> None:

@@ -16,7 +16,8 @@ import jax
 
 from cnn_jax import checkpoint, config, devices, loop, models, trees
 from cnn_jax.config import Config
-from cnn_jax.errors import UserError
+from cnn_jax.data import ImageDataset
+from cnn_jax.errors import UserError, one_line
 from cnn_jax.run_log import RunLog
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -132,10 +133,40 @@ def run_seeds(
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:
-    """Returns the summary of a run that has ended, or None."""
+    """Returns the summary of a run that has ended, or None.
+
+    Raises:
+        UserError: summary.json is damaged.
+    """
     path = workdir / "summary.json"
-    text = devices.on_main(lambda: path.read_text() if path.exists() else None)
-    return json.loads(found) if (found := devices.agree(text)) else None
+    summary = devices.on_main(lambda: _read_summary(path) if path.exists() else None)
+    return devices.agree(summary)
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {one_line(error)}") from None
+    needed = ("config", "test_accuracy", "test_loss", "steps", "params_sha256", "data", "device")
+    if isinstance(summary, dict) and "runs" in summary:
+        needed = ("config", "test_accuracy_mean", "test_accuracy_std")
+    if not isinstance(summary, dict) or any(name not in summary for name in needed):
+        raise UserError(f"{path} is not the summary of a run; remove it, and train again")
+    return summary
+
+
+def retrain(wanted: Config, dataset: ImageDataset, folder: Path, log: RunLog) -> str:
+    """Trains in an empty folder and returns the hash of the parameters."""
+    state, _ = loop.fit(loop.Trainer(wanted, dataset), folder, log)
+    return trees.sha256(state.eval_variables["params"])
+
+
+def changed_surroundings(summary: dict[str, Any]) -> list[str]:
+    """Returns "name: old -> new" for each version and device property that is another now."""
+    old = summary["versions"] | {f"device {k}": v for k, v in summary["device"].items()}
+    new = versions() | {f"device {k}": v for k, v in device().items()}
+    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
 
 
 def versions() -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
-from test_main import SMALL, command
+from test_main import SMALL, command, mistake
 
 STEPS = 2 * 7  # two epochs of 400 images in batches of 64
 RUN = (*SMALL, "--set=train.segment_steps=1", "--set=train.checkpoint_seconds=0")
@@ -95,3 +98,55 @@ def test_a_signal_saves_says_how_to_resume_and_resumes(
     rerun = command(*RUN, f"--workdir={workdir}", cwd=tmp_path)
     assert "resuming after step" in rerun.stdout
     assert result(workdir) == result(whole)
+
+
+def test_verify_trains_anew_and_finds_the_same_bits(whole: Path, tmp_path: Path):
+    before = sorted(whole.rglob("*"))
+    verified = command("--mode=verify", "--workdir=run", cwd=whole.parent, TMPDIR=str(tmp_path))
+    assert verified.returncode == 0, verified.stderr
+    assert f"params_sha256 matches: {result(whole)[0]}" in verified.stdout
+    assert "epoch 2/2" in verified.stdout
+    assert sorted(whole.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def edited(whole: Path, cwd: Path, change: Callable[[dict], None]) -> Path:
+    """Returns a copy of the run in `cwd` whose summary was changed."""
+    shutil.copytree(whole, cwd / "run")
+    summary = json.loads((whole / "summary.json").read_text())
+    change(summary)
+    (cwd / "run/summary.json").write_text(json.dumps(summary))
+    return cwd
+
+
+def test_verify_names_the_versions_and_devices_that_differ(whole: Path, tmp_path: Path):
+    def change(summary: dict) -> None:
+        summary["params_sha256"] = "0" * 64
+        summary["versions"]["jax"] = "0.0.1"
+        summary["device"]["count"] = 8
+
+    verified = command("--mode=verify", "--workdir=run", cwd=edited(whole, tmp_path, change))
+    assert verified.returncode == 1, verified.stderr
+    assert f"params_sha256 differs: {'0' * 64} in run, {result(whole)[0]} now" in verified.stdout
+    changes = [line for line in verified.stdout.splitlines() if " -> " in line]
+    assert changes == [f"jax: 0.0.1 -> {jax.__version__}", "device count: 8 -> 1"]
+
+
+def test_verify_refuses_what_cannot_be_compared(whole: Path, tmp_path: Path):
+    def refusal(change: Callable[[dict], None], *arguments: str) -> str:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        cwd = edited(whole, tmp_path, change)
+        return mistake("--mode=verify", "--workdir=run", *arguments, cwd=cwd)
+
+    assert refusal(lambda s: s["data"].update(sha256="0")) == (
+        "the images are not those that run was trained on"
+    )
+    assert refusal(lambda s: s["config"].update(seed=7)) == (
+        "run reports on another config (seed: 7 -> 0)"
+    )
+    assert "(seed: 0 -> 1)" in refusal(lambda s: None, "--set=seed=1")
+    assert "is not the summary of a run" in refusal(lambda s: s.pop("params_sha256"))
+    (tmp_path / "run/summary.json").write_text("{")
+    assert "summary.json can't be read" in mistake("--mode=verify", "--workdir=run", cwd=tmp_path)
+    (tmp_path / "run/summary.json").unlink()
+    assert "is not finished" in mistake("--mode=verify", "--workdir=run", cwd=tmp_path)
