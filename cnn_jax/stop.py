@@ -1,9 +1,16 @@
 """SIGTERM and Ctrl-C as a request that training honours between two segments."""
 
 import contextlib
+import os
 import signal
+import socket
+import threading
 import types
 from collections.abc import Iterator
+
+from rich.console import Console
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
@@ -20,20 +27,40 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = 0
 
-    def handle(self, signum: int, _frame: types.FrameType | None) -> None:
-        """Notes a signal; a second one leaves at once, without saving."""
-        if self.requested:
-            raise SystemExit(128 + signum)
-        self.requested = signum
+    def note(self, signum: int, _frame: types.FrameType | None) -> None:
+        """Notes the first signal."""
+        self.requested = self.requested or signum
 
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[StopRequest]:
-    """Catches SIGTERM and SIGINT inside the block and restores the handlers after it."""
+    """Catches SIGTERM and SIGINT inside the block and restores the handlers after it.
+
+    The first is noted; a second one leaves at once, without saving, which a checkpoint survives as
+    it survives a kill. Python runs no handler while the main thread waits for the device, so the
+    second is seen by a thread, through the file descriptor that the interpreter's own writes to.
+    """
     request = StopRequest()
-    previous = {s: signal.signal(s, request.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=_leave_on_the_second, args=(reader,), daemon=True).start()
+    previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    previous = {s: signal.signal(s, request.note) for s in _SIGNALS}
     try:
         yield request
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(previous_fd)
+        writer.close()
+
+
+def _leave_on_the_second(reader: socket.socket) -> None:
+    """Counts signals until the other end is closed, and ends the process at the second."""
+    seen: list[int] = []
+    with reader:
+        while signums := reader.recv(16):
+            seen += [signum for signum in signums if signum in _SIGNALS]
+            if len(seen) > 1:
+                Console().show_cursor()  # which a progress bar has hidden
+                os._exit(128 + seen[1])
