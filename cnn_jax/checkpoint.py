@@ -5,11 +5,16 @@ to a temporary folder and renames it, so a killed save leaves no half checkpoint
 notice bits that change on disk later, hence the SHA-256 of every array that a restore compares.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +22,13 @@ import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from cnn_jax import devices, trees
 from cnn_jax.errors import UserError, one_line
+
+# An upper bound of what orbax writes for an array beside its numbers: names, indices, hashes.
+_FILES_SIZE = 16_384
 
 
 class CheckpointError(Exception):
@@ -83,7 +92,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Writes the arrays of `state` and a JSON `record`; one of the same step is replaced."""
+        """Writes the arrays of `state` and a JSON `record`; one of the same step is replaced.
+
+        Raises:
+            UserError: it can't be written. Those before it stay as they are.
+        """
         if not devices.is_main():
             return
         # As numpy, whose bytes are the same for one process and for several.
@@ -93,13 +106,18 @@ class Checkpoints:
             for name, leaf in arrays.items()
         }
         meta = {"record": record, "arrays": described}
-        if step in self.steps():
-            self._manager.delete(step)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays),
             meta=ocp.args.JsonSave({**meta, "sha256": _json_sha256(meta)}),
         )
-        self._manager.save(step, args=args, force=True)
+        _check_space(self.folder, arrays)
+        try:
+            with _quiet_orbax():
+                if step in self.steps():
+                    self._manager.delete(step)
+                self._manager.save(step, args=args, force=True)
+        except Exception as error:  # orbax and tensorstore raise whatever the disk leads to
+            raise UserError(f"{self.folder / str(step)} can't be saved: {_reason(error)}") from None
 
     def read(self, step: int, wanted: Callable[[str], bool]) -> Loaded:
         """Returns the arrays saved at `step` whose dotted names are `wanted`, hashes compared.
@@ -119,7 +137,7 @@ class Checkpoints:
                 if trees.sha256({name: arrays[name]}) != description["sha256"]:
                     raise ValueError(f"the content hash of {name} differs")
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
-            raise CheckpointError(f"{where} is damaged: {one_line(error)[:200]}") from None
+            raise CheckpointError(f"{where} is damaged: {_reason(error)}") from None
         return Loaded(step, arrays, meta["record"])
 
     def _read_arrays(self, step: int, described: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +200,36 @@ def load(workdir: Path, kind: str, wanted: Callable[[str], bool]) -> Loaded:
             return store.read(store.steps()[-1], wanted)
         except CheckpointError as error:
             raise UserError(f"{error}; remove it, or train with this --workdir again") from None
+
+
+def _check_space(folder: Path, arrays: dict[str, Any]) -> None:
+    """Refuses a save that the disk has no room for, rather than to fail in the middle of it."""
+    needed = sum(leaf.nbytes for leaf in arrays.values()) + _FILES_SIZE * (len(arrays) + 1)
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < needed:  # some remote file systems call their total 0
+        raise UserError(
+            f"{folder}: {os.strerror(errno.ENOSPC)}: a checkpoint takes {needed / 1e6:,.1f} MB, "
+            f"and {disk.free / 1e6:,.1f} MB are free"
+        )
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps orbax, and the futures it drops, from printing the traceback of what it raises."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    getLogger("asyncio").setLevel("CRITICAL")  # for good, as its futures end later
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what went wrong in one line: of the system's errors, its own few words."""
+    text = one_line(error)
+    code = re.search(r"os_error_code='(\d+)'", text)  # tensorstore's, behind a page of paths
+    return os.strerror(int(code[1])) if code else text[:200]
 
 
 def _dotted(name: str) -> str:

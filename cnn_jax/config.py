@@ -371,8 +371,10 @@ def _from_dict(tree: Any, cls: Any, prefix: str) -> Any:
 
 
 def save(config: Config, path: Path) -> None:
-    """Writes `config` as indented JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    """Writes `config` as indented JSON, as a whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    temporary.replace(path)
 
 
 def load(path: Path) -> Config:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import RecordWriter, summary
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 # Without a terminal, a line at every epoch's end and otherwise at most this often.
 _PLAIN_SECONDS = 20.0
@@ -54,7 +59,12 @@ class RunLog:
     def _open(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         _truncate(self._path, step)
         self._file = self._path.open("a")
-        self._writer = SummaryWriter(str(self._events), purge_step=step + 1)
+        self._events.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies on a full disk, and the run then waits for it for ever.
+        name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}"
+        self._writer = RecordWriter(str(self._events / name))
+        self._event(file_version="brain.Event:2")
+        self._event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         self._steps_per_epoch = steps_per_epoch
         self._epochs = total_steps // steps_per_epoch
         self._last_plain = time.monotonic()
@@ -80,8 +90,11 @@ class RunLog:
         self._file.writelines(json.dumps(line) + "\n" for line in lines)
         for name, value in last.items():
             if name not in ("step", "epoch", "skipped") and value is not None:
-                self._writer.add_scalar(name, value, step)
+                self._event(step=step, summary=summary.scalar(name, value))
         self._show(step, last)
+
+    def _event(self, **fields: Any) -> None:
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def _show(self, step: int, last: dict[str, Any]) -> None:
         epoch = (step - 1) // self._steps_per_epoch + 1
@@ -111,9 +124,8 @@ class RunLog:
         if self._bar:
             self._bar.stop()
             self._bar = None
-        self.flush()
-        self._file.close()
-        self._writer.close()
+        with contextlib.closing(self._writer), self._file:
+            self.flush()
 
 
 class SilentLog(RunLog):

@@ -48,8 +48,11 @@ def _claim(workdir: Path, wanted: Config) -> Iterator[None]:
         except OSError:
             raise UserError(f"workdir {workdir} is in use by another process") from None
         check_config(workdir, wanted)
-        config.save(wanted, workdir / "config.json")
-        yield
+        try:
+            config.save(wanted, workdir / "config.json")
+            yield
+        except OSError as error:  # of all that a run reads and writes; data has errors of its own
+            raise UserError(f"{workdir} can't be written: {one_line(error)}") from None
 
 
 def check_config(workdir: Path, wanted: Config) -> None:
@@ -61,7 +64,7 @@ def check_config(workdir: Path, wanted: Config) -> None:
     if not (workdir / "config.json").exists():
         if not workdir.is_dir():
             raise UserError(f"{workdir} does not exist; --workdir names a run's folder")
-        if any(entry.name != ".lock" for entry in workdir.iterdir()):
+        if any(entry.name not in (".lock", "config.tmp") for entry in workdir.iterdir()):
             raise UserError(f"{workdir} holds other files and no config.json; choose a --workdir")
         return
     if changes := config.differences(config.load(workdir / "config.json"), wanted):

@@ -1,0 +1,245 @@
+"""Nothing lost, nothing silently wrong: kills, full disks, damage, and input of strangers."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import finish, refuse, start
+from test_checkpoint import everything
+from test_main import SMALL
+from test_reproducibility import STEPS, result
+from test_run_log import line
+from test_train import quiet
+
+from cnn_jax import checkpoint, runs
+from cnn_jax.checkpoint import CheckpointError, Checkpoints
+from cnn_jax.config import Config
+from cnn_jax.errors import UserError
+
+RUN = (*SMALL, "--set=train.segment_steps=1", "--set=train.checkpoint_seconds=0", "--workdir=run")
+KILLS = 20
+INSIDE_A_SAVE = 5
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run that nothing disturbed."""
+    cwd = tmp_path_factory.mktemp("whole")
+    finish(*RUN, cwd=cwd)
+    assert len(result(cwd / "run")[1]) == STEPS
+    return cwd / "run"
+
+
+def leftovers(workdir: Path) -> list[Path]:
+    """Returns what a save that was cut short has left behind."""
+    return [path for path in workdir.glob("**/*tmp*") if path.parent.name != "tensorboard"]
+
+
+def saving(workdir: Path) -> bool:
+    return any((workdir / "checkpoints").glob("*/*tmp*"))
+
+
+def assert_whole_checkpoint(workdir: Path) -> None:
+    """Reads all that counts as a checkpoint: the newest is whole, and no other is half of one.
+
+    A kill inside the removal of an old one may leave a part of it, which reading must notice.
+    """
+    if not (workdir / "checkpoints/latest").is_dir():
+        return
+    with Checkpoints(workdir, "latest") as store:
+        for step in store.steps():
+            try:
+                loaded = store.read(step, everything)
+            except CheckpointError:
+                assert step != store.steps()[-1]
+            else:
+                assert int(loaded.arrays["step"]) == step
+                assert "params.head.kernel" in loaded.arrays
+
+
+def assert_same(workdir: Path, whole: Path) -> None:
+    assert result(workdir) == result(whole)
+    assert [line["step"] for line in result(workdir)[1]] == list(range(1, STEPS + 1))
+    assert leftovers(workdir) == []
+
+
+def test_twenty_kills_change_no_bit(whole: Path, tmp_path: Path):
+    """kill -9 at random moments of a run's life, every third as soon as a save has begun.
+
+    A kill counts as one inside a save if the save's temporary folder is still there after it. What
+    is killed is gone on with until it ends, is compared, and another run takes its place.
+    """
+    moments = random.Random(0)
+    kills = inside = ended = 0
+    while kills < KILLS or inside < INSIDE_A_SAVE:
+        cwd = tmp_path / str(ended)
+        cwd.mkdir(exist_ok=True)
+        workdir = cwd / "run"
+        command = start(*RUN, cwd=cwd)
+        if kills % 3 == 0:
+            before = leftovers(workdir)
+            command.wait_for(lambda w=workdir, b=before: saving(w) and leftovers(w) != b)
+            time.sleep(moments.uniform(0, 0.02))
+        else:
+            time.sleep(moments.uniform(0, 2.5))
+        if command.kill():
+            kills += 1
+            inside += saving(workdir)
+            assert_whole_checkpoint(workdir)
+        else:
+            assert_same(workdir, whole)
+            ended += 1
+    workdir = tmp_path / str(ended) / "run"
+    finish(*RUN, cwd=workdir.parent)
+    assert_same(workdir, whole)
+
+
+def test_a_kill_while_the_config_is_written_leaves_a_workdir_that_starts(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").touch()
+    (tmp_path / "run/config.tmp").write_text('{"na')
+    finish(*RUN, "--set=train.epochs=0", cwd=tmp_path)
+    assert leftovers(tmp_path / "run") == []
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path):
+    """Also from a segment of many seconds, in which the main thread runs no Python."""
+    command = start(
+        "--set=model.blocks=[[64,64]]",
+        "--set=train.batch_size=512",
+        "--set=train.epochs=99",
+        "--workdir=run",
+        cwd=tmp_path,
+    )
+    command.wait_for((tmp_path / "run/metrics.jsonl").exists)
+    time.sleep(0.5)
+    command.send(signal.SIGINT)
+    time.sleep(0.2)
+    assert command.running()
+    command.send(signal.SIGINT)
+    assert command.end(seconds=1) == 130
+    assert not any((tmp_path / "run/checkpoints/latest").iterdir())
+
+
+def test_the_second_process_on_a_workdir_is_refused(whole: Path, tmp_path: Path):
+    first = start(*RUN, cwd=tmp_path)
+    first.wait_for((tmp_path / "run/metrics.jsonl").exists)
+    (tmp_path / "other").mkdir()
+    said = refuse(*RUN[:-1], f"--workdir={tmp_path}/run", cwd=tmp_path / "other")
+    assert said == f"workdir {tmp_path}/run is in use by another process"
+    assert first.end() == 0
+    assert_same(tmp_path / "run", whole)
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[Path]:
+    """Mounts a file system in memory; skips the test where that is not allowed."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system of a test's own can be mounted here: {error}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path, left: int) -> None:
+    """Fills a file system until `left` bytes are free."""
+    (folder / "filling").unlink(missing_ok=True)
+    status = os.statvfs(folder)
+    (folder / "filling").write_bytes(bytes(status.f_bavail * status.f_frsize - left))
+
+
+@pytest.mark.parametrize("left", [0, 8192, 65536])
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    whole: Path, tmp_path: Path, left: int
+):
+    """Whichever file is written when the space ends: events, metrics, or a checkpoint."""
+    with mounted(tmp_path / "disk", "size=2m") as disk:
+        stopped = start(*RUN[:-1], f"--workdir={disk}/run", cwd=tmp_path)
+        stopped.wait_for((disk / "run/checkpoints/latest/3").is_dir)
+        stopped.send(signal.SIGTERM)
+        assert stopped.end() == 143
+        with Checkpoints(disk / "run", "latest") as store:
+            kept = store.steps()[-1]
+        fill(disk, left)
+        said = refuse(*RUN[:-1], f"--workdir={disk}/run", cwd=tmp_path)
+        assert "No space left on device" in said
+        assert said.startswith(f"{disk}/run")
+        with Checkpoints(disk / "run", "latest") as store:
+            assert kept <= store.steps()[-1]
+        assert_whole_checkpoint(disk / "run")
+        (disk / "filling").unlink()
+        finish(*RUN[:-1], f"--workdir={disk}/run", cwd=tmp_path)
+        assert_same(disk / "run", whole)
+
+
+# Of tensorstore's callbacks, as orbax has closed its event loop before they come.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_fills_up_inside_a_save_leaves_the_one_before(tmp_path: Path, monkeypatch):
+    """With the space not looked at beforehand, as if another process had taken it since."""
+    state = {str(i): np.random.default_rng(i).random(2000) for i in range(8)}
+    with mounted(tmp_path / "disk", "size=2m") as disk, Checkpoints(disk, "latest", 2) as store:
+        store.save(1, state, {})
+        monkeypatch.setattr(checkpoint, "_check_space", lambda *_: None)
+        for left in (0, 4096, 20_000, 80_000):
+            fill(disk, left)
+            with pytest.raises(UserError, match=r"latest/2 can't be saved: .*No space left"):
+                store.save(2, state, {})
+            assert store.steps() == [1]
+            store.read(1, everything)
+            shutil.rmtree(next(disk.glob("checkpoints/latest/2*")))
+        (disk / "filling").unlink()
+        store.save(2, state, {})
+        assert store.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("written", ["metrics", "events", "summary"])
+def test_a_disk_that_fills_up_while_a_run_is_told_of_is_one_line(
+    tiny: Config, tmp_path: Path, written: str
+):
+    """Nothing waits for ever, either: the events have no thread that could die of it."""
+    with mounted(tmp_path / "disk", "size=64k") as disk:
+        workdir = disk / "run"
+
+        def tell() -> None:
+            with runs.claim(workdir, tiny):
+                runs.write_json(workdir / "summary.json", {"steps": 1})
+                if written == "summary":
+                    fill(disk, 0)
+                    runs.write_json(workdir / "summary.json", {"steps": 2})
+                log = quiet(workdir)
+                with log.running(0, 10**6, 10**6):
+                    fill(disk, 0)
+                    for step in range(1, 10**6, 99):
+                        lines = 99 if written == "metrics" else 1
+                        log.segment([line(step + i) for i in range(lines)], 1.0)
+
+        with pytest.raises(UserError, match=r"run can't be written: .*No space left on device"):
+            tell()
+        assert json.loads((workdir / "summary.json").read_text()) == {"steps": 1}
+
+
+def test_a_read_only_workdir_is_one_line(whole: Path, tmp_path: Path):
+    """By a read-only mount, as root passes over the permissions of files."""
+    with mounted(tmp_path / "disk", "size=2m") as disk:
+        shutil.copytree(whole, disk / "run")
+        (disk / "run/summary.json").unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for workdir in (disk / "run", disk / "new"):
+            said = refuse(*RUN[:-1], f"--workdir={workdir}", cwd=tmp_path)
+            assert said == f"workdir {workdir} can't be written: Read-only file system"
+        evaluated = finish("--mode=evaluate", f"--workdir={disk}/run", cwd=tmp_path)
+        assert f"step {STEPS}: test accuracy" in evaluated.stdout
