@@ -75,9 +75,11 @@ class Checkpoints:
             multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
         )
         self._manager: Any = None
-        if devices.is_main():
-            if keep is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
+        if not devices.is_main():
+            return
+        if keep is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with _quiet_orbax():
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -151,7 +153,8 @@ class Checkpoints:
         return self._restore(step, state=args)["state"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        with _quiet_orbax():
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def newest(self, warn: Callable[[str], None], wanted: Callable[[str], bool]) -> Loaded | None:
         """Returns what `read` gives for the newest whole checkpoint, or None without any.
@@ -215,7 +218,7 @@ def _check_space(folder: Path, arrays: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Keeps orbax, and the futures it drops, from printing the traceback of what it raises."""
+    """Keeps orbax, and the futures it drops, from printing what it raises, with its traceback."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel("CRITICAL")  # for good, as its futures end later

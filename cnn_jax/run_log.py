@@ -17,6 +17,8 @@ from tensorboardX.proto.event_pb2 import (
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
+from cnn_jax.errors import UserError
+
 # Without a terminal, a line at every epoch's end and otherwise at most this often.
 _PLAIN_SECONDS = 20.0
 
@@ -154,9 +156,12 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number} is damaged; mend or remove the file") from None
         kept.append(line)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))

@@ -150,12 +150,14 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
         "model.name=simple_cnn has one block; use model.name=vgg for more",
     ),
     (ModelConfig, {"dropout": 1.0}, "model.dropout must be in [0, 1)"),
+    (ModelConfig, {"dropout": -0.1}, "model.dropout must be in [0, 1)"),
     (
         ModelConfig,
         {"dropout": 0.5, "dense": ()},
         "model.dropout follows the hidden dense layers, and model.dense has none",
     ),
     (OptimConfig, {"learning_rate": 0.0}, "optim.learning_rate must be positive"),
+    (OptimConfig, {"learning_rate": -0.1}, "optim.learning_rate must be positive"),
     (OptimConfig, {"momentum": 1.0}, "optim.momentum must be in [0, 1)"),
     (OptimConfig, {"weight_decay": -1.0}, "optim.weight_decay must be 0 or more"),
     (OptimConfig, {"clip_norm": -1.0}, "optim.clip_norm must be 0 (off) or more"),
@@ -274,6 +276,20 @@ def test_load_refuses(tmp_path: Path) -> None:
     assert message() == "TMP/config.json: config must be an object of fields"
     path.write_text(json.dumps(config.to_dict(Config()) | {"seed": 0.5}))
     assert message() == "TMP/config.json: seed=0.5: expected int"
+
+
+def test_a_save_that_fails_leaves_the_old_config(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "config.json"
+    config.save(Config(), path)
+
+    def fill_up(self: Path, text: str) -> None:
+        self.write_bytes(text.encode()[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_up)
+    with pytest.raises(OSError, match="No space left"):
+        config.save(override("seed=1"), path)
+    assert config.load(path) == Config()
 
 
 @pytest.mark.parametrize(

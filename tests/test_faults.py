@@ -8,21 +8,24 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from processes import finish, refuse, start
-from test_checkpoint import everything
+from test_checkpoint import empty, everything, largest_file
 from test_main import SMALL
 from test_reproducibility import STEPS, result
 from test_run_log import line
-from test_train import quiet
+from test_train import edit, quiet
 
-from cnn_jax import checkpoint, runs
+from cnn_jax import checkpoint, loop, runs
 from cnn_jax.checkpoint import CheckpointError, Checkpoints
 from cnn_jax.config import Config
+from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
 
 RUN = (*SMALL, "--set=train.segment_steps=1", "--set=train.checkpoint_seconds=0", "--workdir=run")
@@ -243,3 +246,116 @@ def test_a_read_only_workdir_is_one_line(whole: Path, tmp_path: Path):
             assert said == f"workdir {workdir} can't be written: Read-only file system"
         evaluated = finish("--mode=evaluate", f"--workdir={disk}/run", cwd=tmp_path)
         assert f"step {STEPS}: test accuracy" in evaluated.stdout
+
+
+def stopped_run(cwd: Path) -> Path:
+    """Returns the workdir of a run that was asked to stop half-way, with two checkpoints."""
+    command = start(*RUN, cwd=cwd)
+    command.wait_for((cwd / "run/checkpoints/latest/3").is_dir)
+    command.send(signal.SIGTERM)
+    assert command.end() == 143, command.stderr
+    return cwd / "run"
+
+
+def flip_bits(folder: Path) -> None:
+    """Changes a bit in each 256 bytes of the arrays' file, so as to meet the parameters as well."""
+    path = largest_file(folder / "state")
+    content = bytearray(path.read_bytes())
+    for position in range(100, len(content), 256):
+        content[position] ^= 1
+    path.write_bytes(content)
+
+
+def newest(workdir: Path) -> Path:
+    with Checkpoints(workdir, "latest") as store:
+        return store.folder / str(store.steps()[-1])
+
+
+@pytest.mark.parametrize("damage", [flip_bits, empty], ids=lambda f: f.__name__)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(
+    whole: Path, tmp_path: Path, damage: Callable[[Path], None]
+):
+    workdir = stopped_run(tmp_path)
+    damaged = newest(workdir)
+    damage(damaged)
+    said = refuse("--mode=evaluate", "--workdir=run", cwd=tmp_path)
+    assert f"{damaged} is damaged" in said
+    rerun = finish(*RUN, cwd=tmp_path)
+    assert f"warning: {damaged} is damaged" in rerun.stdout
+    assert f"resuming after step {int(damaged.name) - 1} of {STEPS}" in rerun.stdout
+    assert_same(workdir, whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_starts_anew(
+    whole: Path, tmp_path: Path
+):
+    workdir = stopped_run(tmp_path)
+    for folder in (workdir / "checkpoints/latest").iterdir():
+        flip_bits(folder)
+    rerun = finish(*RUN, cwd=tmp_path)
+    assert rerun.stdout.count("is damaged") == 2
+    assert "resuming" not in rerun.stdout
+    assert_same(workdir, whole)
+
+
+def test_foreign_files_among_the_checkpoints_are_left_alone(whole: Path, tmp_path: Path):
+    workdir = stopped_run(tmp_path)
+    latest = workdir / "checkpoints/latest"
+    (latest / "notes").mkdir()
+    (latest / "99x").mkdir()
+    (latest / "README").write_text("mine")
+    rerun = finish(*RUN, cwd=tmp_path)
+    assert "resuming after step" in rerun.stdout
+    assert_same(workdir, whole)
+    assert (latest / "README").read_text() == "mine"
+    assert (latest / "notes").is_dir()
+    assert f"step {STEPS}: " in finish("--mode=evaluate", "--workdir=run", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "held", "needed"),
+    [
+        ("optim", {"name": "adam"}, "opt_state.0.0.trace", "opt_state.0.0.count"),
+        ("model", {"dense": (9,)}, "fc1.bias [8]", "fc1.bias [9]"),
+        ("train", {"ema_decay": 0.5}, "nothing else", "ema_params.block1"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_or_network_is_not_gone_on_from(
+    tiny: Config,
+    dataset: ImageDataset,
+    workdir: Path,
+    section: str,
+    values: dict[str, Any],
+    held: str,
+    needed: str,
+):
+    """Even with a config.json that was exchanged by hand; the message names both sides."""
+    loop.fit(loop.Trainer(tiny, dataset), workdir, quiet(workdir))
+    other = edit(tiny, **{section: values})
+    with pytest.raises(UserError, match="another network or optimizer") as refused:
+        loop.fit(loop.Trainer(other, dataset), workdir, quiet(workdir))
+    holds, needs = str(refused.value).split("this config needs")
+    assert held in holds
+    assert needed in needs
+
+
+def test_a_float16_checkpoint_is_not_cast(tiny: Config, dataset: ImageDataset, workdir: Path):
+    trainer = loop.Trainer(tiny, dataset)
+    half = jax.tree.map(lambda x: x.astype("float16") if x.ndim else x, trainer.init())
+    with Checkpoints(workdir, "latest", 2) as store:
+        store.save(3, half, {})
+    with pytest.raises(UserError, match=r"holds .* float16.* needs .* float32"):
+        loop.fit(trainer, workdir, quiet(workdir))
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"), [("{}", 0), ("no json", 1), ('{"step": "x"}', 0), ("[1]", 0)]
+)
+def test_damaged_metrics_are_one_line(tiny: Config, workdir: Path, line: str, kept: int):
+    path = workdir / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' * kept + line + "\n")
+    with (
+        pytest.raises(UserError, match=f"metrics.jsonl, line {kept + 1} is damaged"),
+        quiet(workdir).running(9, 10, 10),
+    ):
+        pass
