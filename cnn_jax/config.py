@@ -283,7 +283,7 @@ def _parse(text: str, kind: Any, path: str) -> Any:
     words = {"True": "true", "False": "false"}
     try:
         value = float(text) if kind is float else json.loads(words.get(text, text))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     return _convert(value, kind, path)
 
@@ -387,7 +387,7 @@ def load(path: Path) -> Config:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {path.parent} is not a workdir") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read as a config: {error}") from None
     try:
         return from_dict(tree)
