@@ -29,7 +29,7 @@ from PIL import Image
 
 from cnn_jax import photos
 from cnn_jax.config import DataConfig, nearest
-from cnn_jax.errors import UserError, one_line
+from cnn_jax.errors import UserError, one_line, printable
 
 KNOWN = ("digits", "folder", "cifar10", "cifar100", "mnist", "fashion_mnist", "svhn_cropped")
 
@@ -140,7 +140,9 @@ def load(config: DataConfig) -> ImageDataset:
         raise UserError(f"data.name={config.name} can't be read: {one_line(error)}") from None
     if decoded.skipped:
         message = "%s: %d files skipped, the first: %s"
-        logging.warning(message, source.description, len(decoded.skipped), decoded.skipped[0])
+        logging.warning(
+            message, source.description, len(decoded.skipped), printable(decoded.skipped[0])
+        )
     names = config.classes or decoded.class_names
     parts = {p: _select(s, decoded.class_names, names) for p, s in decoded.parts.items()}
     split = partial(_set_aside, class_names=names, seed=config.split_seed)

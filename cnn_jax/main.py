@@ -11,7 +11,7 @@ from absl import app, flags
 
 from cnn_jax import config, configs
 from cnn_jax.config import Config
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, printable
 from cnn_jax.stop import Stopped
 
 MODES = ("train", "evaluate", "summary", "predict", "verify")
@@ -126,7 +126,7 @@ def run() -> None:
 
 
 def _fail(line: str) -> NoReturn:
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {printable(line)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -2,8 +2,9 @@
 
 import json
 import os
-from functools import partial
+import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cnn_jax import config as configuration
 from cnn_jax import data, devices, loop, losses, models, photos, runs
 from cnn_jax import evaluate as evaluation
 from cnn_jax.config import Config
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, printable
 from cnn_jax.run_log import RunLog, SilentLog
 from cnn_jax.stop import Stopped
 
@@ -41,7 +42,9 @@ def set_up_jax(config: Config) -> None:
 
 def train(config: Config, workdir: Path) -> None:
     """Trains or resumes a run, and prints its result and where it lies."""
-    console = Console(highlight=False, soft_wrap=True, quiet=not devices.is_main())
+    console = Console(
+        highlight=False, markup=False, soft_wrap=True, quiet=not devices.is_main()
+    )
     with runs.claim(workdir, config):
         summary = runs.finished(workdir)
         if summary:
@@ -68,7 +71,8 @@ def _log(console: Console, workdir: Path) -> RunLog:
 def _load_data(config: Config, console: Console) -> data.ImageDataset:
     dataset = data.load(config.data)
     counts = ", ".join(f"{n:,} {name}" for name, n in dataset.counts.items() if n)
-    console.print(f"{dataset.source}: {counts} images, {len(dataset.class_names)} classes")
+    line = f"{dataset.source}: {counts} images, {len(dataset.class_names)} classes"
+    console.print(printable(line))
     return dataset
 
 
@@ -87,7 +91,7 @@ def evaluate(config: Config, workdir: Path, kind: str) -> None:
     """Evaluates a workdir's network on the test set and prints accuracy, class by class."""
     runs.check_config(workdir, config)
     trained = runs.load_trained(workdir, config, kind)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     dataset = _load_data(config, console)
     if dataset.class_names != trained.class_names:
         raise UserError(f"the classes of the images are not those {workdir} was trained on")
@@ -106,7 +110,9 @@ def evaluate(config: Config, workdir: Path, kind: str) -> None:
     for name, row, correct in zip(
         dataset.class_names, result.confusion, result.confusion.diagonal(), strict=True
     ):
-        table.add_row(name, f"{row.sum()}", f"{correct / row.sum():.2%}" if row.sum() else "-")
+        table.add_row(
+            printable(name), f"{row.sum()}", f"{correct / row.sum():.2%}" if row.sum() else "-"
+        )
     console.print(table)
 
 
@@ -122,7 +128,7 @@ def verify(config: Config, workdir: Path) -> bool:
         raise UserError(f"{workdir} is not finished, so there is nothing to compare with")
     if changes := configuration.differences(configuration.from_dict(finished["config"]), config):
         raise UserError(f"{workdir} reports on another config ({'; '.join(changes)})")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     dataset = _load_data(config, console)
     if dataset.sha256 != finished["data"]["sha256"]:
         raise UserError(f"the images are not those that {workdir} was trained on")
@@ -183,7 +189,7 @@ def predict(config: Config, workdir: Path, kind: str, paths: list[str], as_json:
         print(json.dumps(predictions, indent=2))
     else:
         for p in predictions:
-            print(f"{p['file']}: {p['class']} ({p['probability']:.1%})")
+            print(printable(f"{p['file']}: {p['class']} ({p['probability']:.1%})"))
 
 
 def _read_images(paths: list[str], size: int) -> tuple[list[Path], np.ndarray]:
@@ -196,7 +202,7 @@ def _read_images(paths: list[str], size: int) -> tuple[list[Path], np.ndarray]:
             except UserError as error:
                 if file == path:
                     raise
-                Console(stderr=True, highlight=False, soft_wrap=True).print(f"skipped: {error}")
+                print(printable(f"skipped: {error}"), file=sys.stderr)
                 continue
             files.append(file)
     if not files:

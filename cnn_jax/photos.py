@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cnn_jax.errors import UserError, one_line
+from cnn_jax.errors import UserError, one_line, printable
 
 # HEIC is not in _FORMATS: such photos are named as unreadable, where others are no images at all.
 _SUFFIXES = re.compile(r"\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|ppm|pgm|avif|hei[cf])", re.IGNORECASE)
@@ -50,7 +50,9 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
         raise UserError(f"{path} is neither a file nor a folder")
     files, skipped = image_files(path, path)
     if skipped:
-        logging.warning("%s: %d files skipped, the first: %s", path, len(skipped), skipped[0])
+        logging.warning(
+            "%s: %d files skipped, the first: %s", path, len(skipped), printable(skipped[0])
+        )
     if not files:
         raise UserError(f"{path} holds no image files such as .jpg or .png")
     return files

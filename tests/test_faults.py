@@ -6,8 +6,11 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
+import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from processes import finish, refuse, start
 from test_checkpoint import empty, everything, largest_file
-from test_main import SMALL
+from test_main import SMALL, command
 from test_reproducibility import STEPS, result
 from test_run_log import line
 from test_train import edit, quiet
 
-from cnn_jax import checkpoint, loop, runs
+from cnn_jax import checkpoint, data, loop, photos, runs
 from cnn_jax.checkpoint import CheckpointError, Checkpoints
 from cnn_jax.config import Config
-from cnn_jax.data import ImageDataset
+from cnn_jax.data import ImageDataset, Split
 from cnn_jax.errors import UserError
 
 RUN = (*SMALL, "--set=train.segment_steps=1", "--set=train.checkpoint_seconds=0", "--workdir=run")
@@ -87,14 +91,14 @@ def test_twenty_kills_change_no_bit(whole: Path, tmp_path: Path):
         cwd = tmp_path / str(ended)
         cwd.mkdir(exist_ok=True)
         workdir = cwd / "run"
-        command = start(*RUN, cwd=cwd)
+        started = start(*RUN, cwd=cwd)
         if kills % 3 == 0:
             before = leftovers(workdir)
-            command.wait_for(lambda w=workdir, b=before: saving(w) and leftovers(w) != b)
+            started.wait_for(lambda w=workdir, b=before: saving(w) and leftovers(w) != b)
             time.sleep(moments.uniform(0, 0.02))
         else:
             time.sleep(moments.uniform(0, 2.5))
-        if command.kill():
+        if started.kill():
             kills += 1
             inside += saving(workdir)
             assert_whole_checkpoint(workdir)
@@ -116,20 +120,20 @@ def test_a_kill_while_the_config_is_written_leaves_a_workdir_that_starts(tmp_pat
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path):
     """Also from a segment of many seconds, in which the main thread runs no Python."""
-    command = start(
+    started = start(
         "--set=model.blocks=[[64,64]]",
         "--set=train.batch_size=512",
         "--set=train.epochs=99",
         "--workdir=run",
         cwd=tmp_path,
     )
-    command.wait_for((tmp_path / "run/metrics.jsonl").exists)
+    started.wait_for((tmp_path / "run/metrics.jsonl").exists)
     time.sleep(0.5)
-    command.send(signal.SIGINT)
+    started.send(signal.SIGINT)
     time.sleep(0.2)
-    assert command.running()
-    command.send(signal.SIGINT)
-    assert command.end(seconds=1) == 130
+    assert started.running()
+    started.send(signal.SIGINT)
+    assert started.end(seconds=1) == 130
     assert not any((tmp_path / "run/checkpoints/latest").iterdir())
 
 
@@ -250,10 +254,10 @@ def test_a_read_only_workdir_is_one_line(whole: Path, tmp_path: Path):
 
 def stopped_run(cwd: Path) -> Path:
     """Returns the workdir of a run that was asked to stop half-way, with two checkpoints."""
-    command = start(*RUN, cwd=cwd)
-    command.wait_for((cwd / "run/checkpoints/latest/3").is_dir)
-    command.send(signal.SIGTERM)
-    assert command.end() == 143, command.stderr
+    started = start(*RUN, cwd=cwd)
+    started.wait_for((cwd / "run/checkpoints/latest/3").is_dir)
+    started.send(signal.SIGTERM)
+    assert started.end() == 143, started.stderr
     return cwd / "run"
 
 
@@ -359,3 +363,97 @@ def test_damaged_metrics_are_one_line(tiny: Config, workdir: Path, line: str, ke
         quiet(workdir).running(9, 10, 10),
     ):
         pass
+
+
+ODD_NAMES = (
+    b"\xff\xfe.png",
+    b"two\nlines.png",
+    b"\x1b[31mred.png",
+    b"-rf.png",
+    b"' $(x) ;.png",
+    "\u202eturned.png".encode(),
+    b"x" * 200 + b".png",
+)
+
+
+def test_odd_names_are_read_and_shown_harmlessly(tmp_path: Path, monkeypatch):
+    """Names that are no text, that end lines, and that a terminal would obey."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in most locales
+    for name in (b"plain", b"odd \xff\n[red]"):
+        folder = os.fsencode(tmp_path / "photos") + b"/" + name
+        os.makedirs(folder)
+        for file in ODD_NAMES:
+            with open(folder + b"/" + file, "wb") as opened:
+                Image.fromarray(np.full((9, 9, 3), 77, np.uint8)).save(opened, "PNG")
+        with open(folder + b"/bro\nken\xff.png", "wb"):
+            pass
+    folder_of_photos = (
+        "--set=data.name=folder",
+        f"--set=data.dir={tmp_path}/photos",
+        "--set=data.images_per_class=0",
+    )
+    trained = command(*RUN, *folder_of_photos, "--set=train.epochs=1", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "2 files skipped, the first: odd \\udcff\\n[red]/bro\\nken\\udcff.png" in trained.stderr
+    assert "12 train, 2 test images" in trained.stdout
+    evaluated = command("--mode=evaluate", "--workdir=run", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "odd \\udcff\\n[red]" in evaluated.stdout
+    predicted = command("--mode=predict", "--workdir=run", "photos", cwd=tmp_path)
+    assert predicted.returncode == 0, predicted.stderr
+    assert predicted.stdout.count("\n") == 2 * len(ODD_NAMES)
+    assert predicted.stderr.count("\n") == predicted.stderr.count("skipped: ") == 2
+    assert not set(predicted.stdout + predicted.stderr) & {"\x1b", "\u202e"}
+    said = command("--mode=predict", "--workdir=run", "gone\n\x1b[31m.png", cwd=tmp_path).stderr
+    assert said == "error: gone\\n\\x1b[31m.png is neither a file nor a folder\n"
+
+
+def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path):
+    pixels = np.full((9, 9), np.nan, np.float32)
+    Image.fromarray(pixels).save(tmp_path / "nan.tif")
+    with pytest.raises(UserError, match=r"nan.tif can't be read .*floats of unknown range"):
+        photos.load_image(tmp_path / "nan.tif", 8)
+    images = np.full((3, 8, 8, 3), np.nan, np.float32)
+    split = Split(images, np.arange(3, dtype=np.int32))
+    with pytest.raises(UserError, match="images must be uint8"):
+        data.check(ImageDataset("n", "src", ("a", "b", "c"), split, None, split, ()))
+
+
+BOMB = """
+import resource, sys
+from cnn_jax import photos
+from cnn_jax.errors import UserError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    photos.load_image(sys.argv[1], 8)
+except UserError as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+"""
+
+
+def test_a_bomb_takes_no_memory(tmp_path: Path):
+    """A file of 1.2 MB that says, truly, to hold 400 million pixels."""
+    side = 20_000
+    path = tmp_path / "bomb.png"
+    rows = zlib.compressobj(9)
+    packed = b"".join(rows.compress(bytes(1 + 3 * side)) for _ in range(side)) + rows.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks))
+    run = subprocess.run(
+        [sys.executable, "-c", BOMB, str(path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kilobytes, error = run.stdout.split(" ", 1)
+    assert "decompression bomb" in error
+    assert int(kilobytes) < 20_000
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Returns a chunk of a PNG file."""
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum

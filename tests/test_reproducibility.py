@@ -1,5 +1,6 @@
-"""Equal seeds give equal bits: in fresh processes, and through a kill at any moment."""
+"""Equal seeds give equal bits: in fresh processes, and through a stop after any step."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,14 @@ from pathlib import Path
 
 import jax
 import pytest
+from processes import finish
 from test_main import SMALL, command, mistake
+from test_train import edit, quiet
+
+from cnn_jax import loop, trees
+from cnn_jax.config import Config
+from cnn_jax.data import ImageDataset
+from cnn_jax.stop import Stopped
 
 STEPS = 2 * 7  # two epochs of 400 images in batches of 64
 RUN = (*SMALL, "--set=train.segment_steps=1", "--set=train.checkpoint_seconds=0")
@@ -43,15 +51,12 @@ def test_a_fresh_process_gives_the_same_bits(whole: Path, tmp_path: Path):
 
 
 def test_another_segment_length_gives_the_same_bits(whole: Path, tmp_path: Path):
-    assert (
-        command(*SMALL, "--set=train.segment_steps=5", "--workdir=run", cwd=tmp_path).returncode
-        == 0
-    )
+    finish(*SMALL, "--set=train.segment_steps=5", "--workdir=run", cwd=tmp_path)
     assert result(tmp_path / "run") == result(whole)
 
 
 def test_another_seed_gives_other_bits(whole: Path, tmp_path: Path):
-    assert command(*RUN, "--set=seed=1", "--workdir=run", cwd=tmp_path).returncode == 0
+    finish(*RUN, "--set=seed=1", "--workdir=run", cwd=tmp_path)
     assert result(tmp_path / "run")[0] != result(whole)[0]
 
 
@@ -74,17 +79,6 @@ def killed(workdir: Path, at_step: int, signum: int) -> subprocess.Popen[str]:
     return process
 
 
-def test_kill_and_resume_ends_bitwise_equal(whole: Path, tmp_path: Path):
-    """kill -9 at several moments of one run, some of them inside a save, then a rerun."""
-    workdir = tmp_path / "run"
-    for at_step in (1, 4, 5, 9):
-        process = killed(workdir, at_step, signal.SIGKILL)
-        process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL
-    assert command(*RUN, f"--workdir={workdir}", cwd=tmp_path).returncode == 0
-    assert result(workdir) == result(whole)
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_says_how_to_resume_and_resumes(
     whole: Path, tmp_path: Path, signum: int, code: int
@@ -98,6 +92,63 @@ def test_a_signal_saves_says_how_to_resume_and_resumes(
     rerun = command(*RUN, f"--workdir={workdir}", cwd=tmp_path)
     assert "resuming after step" in rerun.stdout
     assert result(workdir) == result(whole)
+
+
+def test_a_stop_after_any_step_changes_no_bit(
+    tiny: Config, dataset: ImageDataset, tmp_path: Path, monkeypatch
+):
+    """Every step of a run, with an average of the parameters, Adam's moments and two epochs."""
+    config = edit(tiny, optim={"name": "adam"}, train={"ema_decay": 0.9, "segment_steps": 1})
+    trainer = loop.Trainer(config, dataset)
+
+    def fit(workdir: Path) -> str:
+        workdir.mkdir(exist_ok=True)
+        return trees.sha256(loop.fit(trainer, workdir, quiet(workdir))[0])
+
+    expected = fit(tmp_path / "whole")
+    run_segment = loop.Trainer.run_segment
+    for last in range(1, trainer.total_steps):
+
+        def interrupted(self, state, n_steps, last=last):
+            state, history = run_segment(self, state, n_steps)
+            if int(state.step) == last:
+                os.kill(os.getpid(), signal.SIGINT)
+            return state, history
+
+        monkeypatch.setattr(loop.Trainer, "run_segment", interrupted)
+        with pytest.raises(Stopped, match=f"after step {last}"):
+            fit(tmp_path / str(last))
+        monkeypatch.setattr(loop.Trainer, "run_segment", run_segment)
+        assert fit(tmp_path / str(last)) == expected
+
+
+def test_a_progress_bar_changes_no_bit(whole: Path, tmp_path: Path):
+    """With a pseudo-terminal as standard output, on which the bar is drawn."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cnn_jax.main", *RUN, "--workdir=run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TERM": "xterm"},
+        stdout=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:
+        while data := terminal.read(65536):  # ends in an OSError, as the other end is closed
+            shown += data
+    assert process.wait() == 0
+    assert b"\x1b[?25l" in shown  # the cursor is hidden while there is a bar
+    assert result(tmp_path / "run") == result(whole)
+
+
+def test_a_cold_data_cache_changes_no_bit(whole: Path, tmp_path: Path):
+    """The first run decodes and fills the cache, the second one reads it."""
+    for name in ("cold", "warm"):
+        cache = f"--set=data.cache_dir={tmp_path}/cache"
+        assert list(tmp_path.glob("cache/digits-*")) == [] or name == "warm"
+        finish(*RUN, cache, f"--workdir={name}", cwd=tmp_path)
+        assert len(list(tmp_path.glob("cache/digits-*"))) == 1
+        assert result(tmp_path / name) == result(whole)
 
 
 def test_verify_trains_anew_and_finds_the_same_bits(whole: Path, tmp_path: Path):
