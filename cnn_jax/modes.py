@@ -42,9 +42,7 @@ def set_up_jax(config: Config) -> None:
 
 def train(config: Config, workdir: Path) -> None:
     """Trains or resumes a run, and prints its result and where it lies."""
-    console = Console(
-        highlight=False, markup=False, soft_wrap=True, quiet=not devices.is_main()
-    )
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not devices.is_main())
     with runs.claim(workdir, config):
         summary = runs.finished(workdir)
         if summary:
@@ -54,13 +52,15 @@ def train(config: Config, workdir: Path) -> None:
             devices.check_same_data(dataset.sha256)
             run = runs.run if config.train.seeds == 1 else runs.run_seeds
             summary = run(loop.Trainer(config, dataset), workdir, partial(_log, console))
-    for one in summary.get("runs", [summary]):
-        _print_result(console, one)
     if "runs" in summary:
+        for one in summary["runs"]:
+            console.print(f"seed {one['seed']}: {_result(one)}")
         console.print(
             f"{len(summary['runs'])} seeds: test accuracy {summary['test_accuracy_mean']:.2%}, "
             f"standard deviation {summary['test_accuracy_std']:.2%}"
         )
+    else:
+        console.print(_result(summary))
     console.print(f"everything about this run is in {workdir}")
 
 
@@ -76,15 +76,14 @@ def _load_data(config: Config, console: Console) -> data.ImageDataset:
     return dataset
 
 
-def _print_result(console: Console, summary: dict[str, Any]) -> None:
-    line = f"seed {summary['seed']}: " if summary["seed"] else ""
-    line += f"test accuracy {summary['test_accuracy']:.2%}, test loss {summary['test_loss']:.4f}"
+def _result(summary: dict[str, Any]) -> str:
+    line = f"test accuracy {summary['test_accuracy']:.2%}, test loss {summary['test_loss']:.4f}"
     if summary["steps"]:
         line += (
             f" after {summary['epochs']} epochs ({summary['seconds']:.1f} s of training, "
             f"{summary['images_per_second']:,.0f} images/s)"
         )
-    console.print(line)
+    return line
 
 
 def evaluate(config: Config, workdir: Path, kind: str) -> None:
@@ -123,6 +122,7 @@ def verify(config: Config, workdir: Path) -> bool:
         UserError: the run is not finished, or its config or images are no longer what it had.
     """
     runs.check_config(workdir, config)
+    runs.check_single(workdir, config)
     finished = runs.finished(workdir)
     if finished is None:
         raise UserError(f"{workdir} is not finished, so there is nothing to compare with")

@@ -73,6 +73,19 @@ def check_config(workdir: Path, wanted: Config) -> None:
         )
 
 
+def check_single(workdir: Path, found: Config) -> None:
+    """Refuses a workdir that holds the runs of several seeds.
+
+    Raises:
+        UserError: names the folder of the first.
+    """
+    if found.train.seeds > 1:
+        raise UserError(
+            f"{workdir} holds {found.train.seeds} runs; name one of them, such as "
+            f"--workdir={workdir / f'seed-{found.seed}'}"
+        )
+
+
 def run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) -> dict[str, Any]:
     """Trains, evaluates once on the test set, writes summary.json, and returns what it holds."""
     wanted, dataset = trainer.config, trainer.dataset
@@ -216,11 +229,7 @@ def load_trained(workdir: Path, run_config: Config, kind: str = "") -> TrainedMo
     Raises:
         UserError: no whole checkpoint of that kind is there.
     """
-    if run_config.train.seeds > 1:
-        raise UserError(
-            f"{workdir} holds {run_config.train.seeds} runs; name one of them, such as "
-            f"--workdir={workdir / f'seed-{run_config.seed}'}"
-        )
+    check_single(workdir, run_config)
     kind = kind or ("best" if run_config.train.patience else "latest")
     loaded = checkpoint.load(
         workdir, kind, lambda name: name.startswith(("params.", "ema_params.", "batch_stats."))

@@ -164,3 +164,6 @@ def test_seeds_are_runs_of_their_own_with_one_compilation(
     np.testing.assert_allclose(total["test_accuracy_std"], np.std(accuracies, ddof=1))
     with pytest.raises(UserError, match=r"holds 3 runs; name one of them, such as .*seed-4"):
         runs.load_trained(folder, config)
+    with pytest.raises(UserError, match="holds 3 runs"):
+        runs.check_single(folder, config)
+    runs.check_single(folder / "seed-4", tiny)
