@@ -10,7 +10,7 @@ its gradients also take 2.25 times fewer multiplications, by Winograd's minimal 
 On other platforms all functions are XLA's own, cuDNN included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 Padding = str | Sequence[tuple[int, int]]
 Pair = tuple[int, int]
@@ -40,7 +40,7 @@ _KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
     """The one place where the platform decides; asked when a function is traced."""
     return jax.default_backend() == "cpu"
 
@@ -69,7 +69,7 @@ def conv_general_dilated(
         and {*(lhs_dilation or ()), *(rhs_dilation or ())} <= {1}
         and all(value in (None, 1) for value in others.values())
     )
-    if fast and _on_cpu():
+    if fast and on_cpu():
         strides = (window_strides[0], window_strides[1])
         return _conv(lhs, rhs, strides, _to_pads(padding, lhs.shape, rhs.shape[:2], strides))
     return lax.conv_general_dilated(
@@ -250,6 +250,16 @@ def _windows(x: Array, window: Sequence[int], strides: Pair, size: Sequence[int]
     return [[place(i, j) for j in range(window[1])] for i in range(window[0])]
 
 
+def apply_if(wanted: Bool[Array, ""], function: Callable[[Any], Any], state: Any) -> Any:
+    """Returns `function(state)` where `wanted`, else `state`, a tree of arrays.
+
+    A loop of one turn or none, because on a CPU a loop waits for all that it reads. Without it XLA
+    finds parts of the state, such as a kernel that the backward pass still reads, not yet free to
+    be overwritten, and copies them first: all of fc1 and fc2 in every step of vgg1.
+    """
+    return lax.fori_loop(0, wanted.astype(jnp.int32), lambda _, value: function(value), state)
+
+
 def dot_general(
     lhs: Float[Array, "*batch in"],
     rhs: Float[Array, "in out"],
@@ -262,7 +272,7 @@ def dot_general(
     by a plain loop, eight times slower, which it even repeats inside the optimizer.
     """
     dense = (((lhs.ndim - 1,), (0,)), ((), ()))
-    if lhs.dtype == rhs.dtype == jnp.bfloat16 and dimension_numbers == dense and _on_cpu():
+    if lhs.dtype == rhs.dtype == jnp.bfloat16 and dimension_numbers == dense and on_cpu():
         return _dense(lhs.reshape(-1, lhs.shape[-1]), rhs).reshape(*lhs.shape[:-1], rhs.shape[1])
     return lax.dot_general(lhs, rhs, dimension_numbers, **others)
 
@@ -291,7 +301,7 @@ def max_pool(
     Where several inputs of a window are its maximum, the first in row-major order gets the whole
     gradient. So does XLA's own, which means that results do not depend on the platform.
     """
-    if inputs.ndim != 4 or not _on_cpu():
+    if inputs.ndim != 4 or not on_cpu():
         return nn.max_pool(inputs, window_shape, strides, padding)  # pyright: ignore
     window = (window_shape[0], window_shape[1])
     steps = (strides[0], strides[1]) if strides else (1, 1)

@@ -11,7 +11,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from cnn_jax import augment, devices, losses, models, optim
+from cnn_jax import augment, devices, layers, losses, models, optim
 from cnn_jax.config import Config
 
 Images = UInt8[Array, "batch height width channels"]
@@ -193,20 +193,24 @@ def train_step(
     grads, batch_stats, sums = _gradients(recipe, state, batch, key)
     wanted = is_last | ~jnp.isfinite(sums.loss) | recipe.skip_nonfinite
     norm = jax.lax.cond(wanted, optax.tree.norm, lambda _: jnp.full((), -1.0), grads)
-    if not recipe.skip_nonfinite:
-        return _update(recipe, state, grads, batch_stats, sums), sums, norm
-    state = jax.lax.cond(
-        jnp.isfinite(sums.loss) & jnp.isfinite(norm),
-        lambda: _update(recipe, state, grads, batch_stats, sums),
-        lambda: replace(state, step=state.step + 1),
-    )
-    return state, sums, norm
+    is_finite = jnp.isfinite(sums.loss)
+    if recipe.skip_nonfinite:
+        is_finite &= jnp.isfinite(norm)
+
+    def update(state: TrainState) -> TrainState:
+        return _update(recipe, state, grads, batch_stats, sums)
+
+    if recipe.skip_nonfinite or layers.on_cpu():
+        state = layers.apply_if(is_finite, update, state)
+    else:
+        state = update(state)
+    return replace(state, step=state.step + 1), sums, norm
 
 
 def _update(
     recipe: Recipe, state: TrainState, grads: Any, batch_stats: Any, sums: Sums
 ) -> TrainState:
-    """Returns the state after the optimizer's step."""
+    """Returns the state after the optimizer's step, which is counted elsewhere."""
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
@@ -214,7 +218,6 @@ def _update(
         ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
     return replace(
         state,
-        step=state.step + 1,
         params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,

@@ -123,7 +123,7 @@ def test_other_platforms_keep_the_functions_of_lax(monkeypatch):
         return str(jax.make_jaxpr(network)(x))
 
     assert "custom_vjp" in program()
-    monkeypatch.setattr(layers, "_on_cpu", lambda: False)
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
     assert "custom_vjp" not in program()
     assert "conv_general_dilated" in program()
     assert "reduce_window" in program()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -424,3 +425,13 @@ def test_optax_updates_are_what_the_state_keeps(tiny: Config, dataset: ImageData
     state = loop.Trainer(tiny, dataset).init()
     velocities = optax.tree_utils.tree_get(state.opt_state, "trace")
     assert trees.param_count(velocities) == trees.param_count(state.params)
+
+
+def test_no_parameter_is_copied_in_a_step(tiny: Config, dataset: ImageDataset):
+    """XLA updates them where they lie, although the backward pass reads them too."""
+    config = edit(no_dropout(tiny), model={"dense": (72, 40)})
+    trainer = loop.Trainer(config, dataset)
+    trainer.compile(trainer.init())
+    program = trainer._segment.as_text()
+    assert "f32[72,40]" in program
+    assert re.findall(r"= f32\[72,40\]\S* copy\(", program) == []
