@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cnn_jax.errors import UserError
+
+Groups = tuple[tuple[str, float | None], ...]
+"""(pattern, learning-rate multiplier or None) pairs; see `OptimConfig.groups`."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,12 @@ class OptimConfig:
     boundaries: tuple[float, ...] = ()
     """Epochs after which `piecewise` multiplies the rate by `decay_factor`."""
     decay_factor: float = 0.1
+    groups: Groups = ()
+    """Pairs of a pattern and what the learning rate of the parameters that it matches whole is
+    multiplied by, or null to freeze them; the first match wins, and "{last}" is the number of the
+    last block. Such as [["head/.*",1],["block{last}/.*",0.1],[".*",null]]. Empty: all at 1."""
+    phases: tuple[tuple[int, Groups], ...] = ()
+    """Groups by the epoch they hold from: [[0,[["head/.*",1],[".*",null]]],[3,[[".*",0.1]]]]."""
 
     def __post_init__(self) -> None:
         _check(self.learning_rate > 0, "optim.learning_rate must be positive")
@@ -147,6 +157,14 @@ class OptimConfig:
             self.schedule != "piecewise" or bool(self.boundaries),
             "optim.schedule=piecewise needs optim.boundaries, such as [10,15]",
         )
+        _check(not (self.groups and self.phases), "optim.phases takes the place of optim.groups")
+        epochs = [epoch for epoch, _ in self.phases]
+        in_order = not epochs or (epochs[0] == 0 and epochs == sorted(set(epochs)))
+        _check(in_order, "optim.phases must start at epoch 0 and then rise")
+        if self.groups:
+            _check_groups("optim.groups", self.groups)
+        for _, groups in self.phases:
+            _check_groups("optim.phases", groups)
 
 
 @dataclass(frozen=True)
@@ -218,6 +236,20 @@ def _check_read(section: OptimConfig, name: str, selector: str, readers: tuple[s
     if getattr(section, name) != default and chosen not in readers:
         allowed = " or ".join(readers)
         raise UserError(f"optim.{name} is read only with optim.{selector}={allowed}, not {chosen}")
+
+
+def _check_groups(field_name: str, groups: Groups) -> None:
+    for pattern, multiplier in groups:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{field_name}: {pattern} is no pattern: {error}") from None
+        positive = multiplier is None or multiplier > 0
+        _check(positive, f"{field_name}: {pattern} needs a positive multiplier, or null to freeze")
+    patterns = [pattern for pattern, _ in groups]
+    _check(len(set(patterns)) == len(patterns), f"{field_name} has a pattern twice")
+    trains = any(multiplier is not None for _, multiplier in groups)
+    _check(trains, f"{field_name} freezes everything; give a group a multiplier")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

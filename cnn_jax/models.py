@@ -3,8 +3,9 @@
 Names are what summaries, checkpoints and patterns speak of: "block1/conv1", "fc1", "head".
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,36 @@ class VGG(Classifier):
         return self.classify(x, train)
 
 
+@contextlib.contextmanager
+def frozen_in_eval_mode(params: Any, trainable: Any) -> Iterator[None]:
+    """Inside the block, frozen modules run as in evaluation, whatever `train` they are given.
+
+    `trainable` is `params` with None in place of what is frozen. A module is frozen if it has
+    parameters and all of them are; one without parameters, such as dropout, is if the layer
+    before it is. Frozen BatchNorm uses its running statistics, which then do not move.
+    """
+    names, trained = list(trees.named_leaves(params)), set(trees.named_leaves(trainable))
+    switches = {nn.Dropout: "deterministic", nn.BatchNorm: "use_running_average"}
+    frozen = False
+
+    def evaluate(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        nonlocal frozen
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        prefix = "".join(f"{name}/" for name in context.module.path)
+        if own := [name for name in names if name.startswith(prefix)]:
+            frozen = trained.isdisjoint(own)
+        for kind, switch in switches.items():
+            if frozen and isinstance(context.module, kind):
+                # Linen refuses a switch that both the constructor and the call set.
+                object.__setattr__(context.module, switch, None)
+                args, kwargs = args[:1], {**kwargs, switch: True}
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(evaluate):
+        yield
+
+
 def build(config: ModelConfig, n_classes: int) -> Classifier:
     """Returns the linen module that a config describes."""
     common = {
@@ -129,6 +160,13 @@ def build(config: ModelConfig, n_classes: int) -> Classifier:
     if config.name == "simple_cnn":
         return SimpleCNN(widths=config.blocks[0], **common)
     return VGG(blocks=config.blocks, **common)
+
+
+def param_names(model: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
+    """Returns the names of all parameters, in name order, without computing anything."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return list(trees.named_leaves(variables["params"]))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from absl import logging
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from cnn_jax import data, losses, models, photos, runs
+from cnn_jax import data, losses, models, optim, photos, runs
 from cnn_jax import evaluate as evaluation
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError
@@ -89,9 +90,13 @@ def evaluate(config: Config, workdir: Path, kind: str) -> None:
 
 
 def summary(config: Config) -> None:
-    """Prints a network's layers: output shape, parameters and FLOPs of one image's forward pass."""
+    """Prints a network's layers: output shape, parameters and FLOPs of one image's forward pass.
+
+    With `optim.groups` or `optim.phases`, the group of every parameter follows.
+    """
     image_shape, n_classes = data.describe(config.data)
-    rows = models.summarize(models.build(config.model, n_classes), image_shape)
+    model = models.build(config.model, n_classes)
+    rows = models.summarize(model, image_shape)
     table = Table(title=f"{config.name}: one {' x '.join(map(str, image_shape))} image")
     for heading in ("layer", "kind", "output shape", "parameters", "FLOPs"):
         table.add_column(heading, justify="right" if heading in ("parameters", "FLOPs") else "left")
@@ -101,7 +106,25 @@ def summary(config: Config) -> None:
     table.add_section()
     params, flops = sum(r.params for r in rows), sum(r.flops for r in rows)
     table.add_row("total", "", "", f"{params:,}", f"{flops:,}")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if config.optim.groups or config.optim.phases:
+        console.print(_groups_table(config, models.param_names(model, image_shape)))
+
+
+def _groups_table(config: Config, names: list[str]) -> Table:
+    """Returns, for every parameter, the pattern that it matches and its multiplier, by phase."""
+    phases = optim.make_phases(config.optim, len(config.model.blocks), steps_per_epoch=1)
+    table = Table("parameter", *(f"learning rate from epoch {epoch}" for epoch, _ in phases))
+    for _, groups in phases:
+        optim.check_groups(groups, names)
+    for name in names:
+        cells = []
+        for _, groups in phases:
+            pattern, rate = optim.group_of(groups, name) or ("", None)
+            cells.append(f"{'frozen' if rate is None else f'x {rate:g}'}  ({pattern})")
+        table.add_row(name, *map(escape, cells))
+    return table
 
 
 def predict(config: Config, workdir: Path, kind: str, paths: list[str], as_json: bool) -> None:

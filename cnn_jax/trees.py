@@ -26,6 +26,18 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
     )
 
 
+def keep(wanted: Callable[[str], bool], tree: Any) -> Any:
+    """Returns the tree with None, which has no leaves, in place of what is not wanted by name."""
+    return map_named(lambda name, leaf: leaf if wanted(name) else None, tree)
+
+
+def merge(part: Any, whole: Any) -> Any:
+    """Returns `part`, a tree that `keep` made, with the leaves of `whole` in place of its Nones."""
+    return jax.tree.map(
+        lambda kept, leaf: leaf if kept is None else kept, part, whole, is_leaf=lambda x: x is None
+    )
+
+
 def param_count(params: Any) -> int:
     """Returns the number of scalars in a tree of arrays."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

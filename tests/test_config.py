@@ -62,6 +62,18 @@ def test_configs_are_frozen() -> None:
         ("optim.learning_rate=1e-3", "optim", "learning_rate", 0.001),
         ("optim.learning_rate=1", "optim", "learning_rate", 1.0),
         ("optim.name=adam", "optim", "name", "adam"),
+        (
+            'optim.groups=[["head/.*",1],["fc1/.*",0.5],[".*",null]]',
+            "optim",
+            "groups",
+            (("head/.*", 1.0), ("fc1/.*", 0.5), (".*", None)),
+        ),
+        (
+            'optim.phases=[[0,[["head/.*",1],[".*",null]]],[3,[[".*",0.1]]]]',
+            "optim",
+            "phases",
+            ((0, (("head/.*", 1.0), (".*", None))), (3, ((".*", 0.1),))),
+        ),
         ("train.loss=mse", "train", "loss", "mse"),
         ("train.checkpoint_seconds=0", "train", "checkpoint_seconds", 0.0),
     ],
@@ -117,6 +129,8 @@ def test_overrides_apply_in_order_and_are_checked_as_a_whole() -> None:
             "optim.name=adm: expected momentum|sgd|nesterov|adam|adamw|rmsprop "
             "(did you mean adam?)",
         ),
+        ('optim.groups=[["head/.*"]]', "optim.groups=['head/.*']: expected 2 values"),
+        ('optim.groups=[["head/.*","x"]]', "optim.groups=x: expected float"),
         ("train.loss=hinge", "train.loss=hinge: expected cross_entropy|mse"),
     ],
 )
@@ -168,6 +182,46 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
         OptimConfig,
         {"schedule": "piecewise"},
         "optim.schedule=piecewise needs optim.boundaries, such as [10,15]",
+    ),
+    (
+        OptimConfig,
+        {"groups": (("(", 1.0),)},
+        "optim.groups: ( is no pattern: missing ), unterminated subpattern at position 0",
+    ),
+    (
+        OptimConfig,
+        {"groups": ((".*", 0.0),)},
+        "optim.groups: .* needs a positive multiplier, or null to freeze",
+    ),
+    (
+        OptimConfig,
+        {"groups": ((".*", None),)},
+        "optim.groups freezes everything; give a group a multiplier",
+    ),
+    (
+        OptimConfig,
+        {"groups": ((".*", 1.0), (".*", None))},
+        "optim.groups has a pattern twice",
+    ),
+    (
+        OptimConfig,
+        {"groups": ((".*", 1.0),), "phases": ((0, ((".*", 1.0),)),)},
+        "optim.phases takes the place of optim.groups",
+    ),
+    (
+        OptimConfig,
+        {"phases": ((1, ((".*", 1.0),)),)},
+        "optim.phases must start at epoch 0 and then rise",
+    ),
+    (
+        OptimConfig,
+        {"phases": ((0, ((".*", 1.0),)), (0, ((".*", 1.0),)))},
+        "optim.phases must start at epoch 0 and then rise",
+    ),
+    (
+        OptimConfig,
+        {"phases": ((0, ((".*", -1.0),)),)},
+        "optim.phases: .* needs a positive multiplier, or null to freeze",
     ),
     (TrainConfig, {"epochs": -1}, "train.epochs must be 0 or more"),
     (TrainConfig, {"batch_size": 0}, "train.batch_size must be positive"),
