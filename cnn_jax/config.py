@@ -108,6 +108,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Where parameters come from that are not drawn by the seed."""
+
+    checkpoint: str = ""
+    """A run's workdir. The network, the size of the images and their normalisation come with it
+    unless they are set as well. Empty: all parameters start from the seed."""
+    kind: Literal["", "latest", "best"] = ""
+    """Which parameters of the workdir. Empty: those that its run reported on."""
+    skip: tuple[str, ...] = ()
+    """Patterns of whole names that start from the seed, such as head/.*; all others must match."""
+
+    def __post_init__(self) -> None:
+        for pattern in self.skip:
+            _check_pattern("init.skip", pattern)
+        if not self.checkpoint:
+            _check(not self.kind, "init.kind is read only with init.checkpoint")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
@@ -188,6 +207,11 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Latest checkpoints kept; the best one is kept beside them."""
 
+    @property
+    def reported_kind(self) -> Literal["latest", "best"]:
+        """Which of its checkpoints a run reports on: with early stopping, the best."""
+        return "best" if self.patience else "latest"
+
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "train.epochs must be 0 or more")
         _check(self.batch_size > 0, "train.batch_size must be positive")
@@ -213,6 +237,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -238,12 +263,16 @@ def _check_read(section: OptimConfig, name: str, selector: str, readers: tuple[s
         raise UserError(f"optim.{name} is read only with optim.{selector}={allowed}, not {chosen}")
 
 
+def _check_pattern(field_name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{field_name}: {pattern} is no pattern: {error}") from None
+
+
 def _check_groups(field_name: str, groups: Groups) -> None:
     for pattern, multiplier in groups:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{field_name}: {pattern} is no pattern: {error}") from None
+        _check_pattern(field_name, pattern)
         positive = multiplier is None or multiplier > 0
         _check(positive, f"{field_name}: {pattern} needs a positive multiplier, or null to freeze")
     patterns = [pattern for pattern, _ in groups]

@@ -173,6 +173,11 @@ def describe(config: DataConfig) -> tuple[tuple[int, int, int], int]:
     return dataset.image_shape, len(dataset.class_names)
 
 
+def image_side(config: DataConfig) -> int:
+    """Returns the side in pixels of the images that a config names, without reading them."""
+    return _SHAPES[config.name][0] if config.name in _SHAPES else config.image_size
+
+
 def check(dataset: ImageDataset) -> None:
     """Refuses what would train to NaN or be measured wrongly.
 

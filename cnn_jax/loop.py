@@ -2,14 +2,14 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from cnn_jax import devices, evaluate, train
+from cnn_jax import devices, evaluate, optim, train, transfer
 from cnn_jax.checkpoint import Checkpoints
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset, Split
@@ -40,7 +40,14 @@ class Trainer:
         self.dataset = dataset
         self.steps_per_epoch = -(-len(dataset.train) // config.train.batch_size)
         self.total_steps = self.steps_per_epoch * config.train.epochs
-        self.recipe = train.make_recipe(config, len(dataset.class_names), self.steps_per_epoch)
+        self._phases = optim.make_phases(
+            config.optim, len(config.model.blocks), self.steps_per_epoch
+        )
+        self._recipes = [
+            train.make_recipe(config, len(dataset.class_names), self.steps_per_epoch, phase)
+            for phase in range(len(self._phases))
+        ]
+        self.recipe = self._recipes[0]
         devices.check_batch_size(config.train.batch_size)
         self._init_key, train_key = jax.random.split(jax.random.key(config.seed))
         self._inputs = devices.replicate((dataset.train.images, dataset.train.labels, train_key))
@@ -48,6 +55,37 @@ class Trainer:
     def init(self) -> TrainState:
         """Returns the state before the first step."""
         return train.init_state(self.recipe, self._init_key, self.dataset.image_shape)
+
+    def start(self, log: RunLog) -> TrainState:
+        """Returns the state before the first step, taken from `init.checkpoint` where one is named.
+
+        Raises:
+            UserError: what it names does not fit the network.
+        """
+        state = self.init()
+        if not self.config.init.checkpoint:
+            return state
+        variables = transfer.load_variables(self.config.init)
+        params, batch_stats, line = transfer.merge(
+            variables, {"params": state.params, "batch_stats": state.batch_stats}, self.config.init
+        )
+        log.say(line)
+        averaged = None if state.ema_params is None else params
+        return replace(state, params=params, batch_stats=batch_stats, ema_params=averaged)
+
+    def template(self, step: int) -> TrainState:
+        """Returns the structure of the state after `step` steps, and takes up that phase."""
+        self.recipe = self._recipes[optim.phase_at(self._phases, max(step - 1, 0))]
+        return jax.eval_shape(self.init)
+
+    def enter_phase(self, state: TrainState, step: int) -> TrainState:
+        """Returns the state for the phase of `optim.phases` that the step after it belongs to."""
+        recipe = self._recipes[optim.phase_at(self._phases, step)]
+        if recipe is not self.recipe:
+            self.recipe = recipe
+            state = train.enter_phase(recipe, state)
+            self.compile(state)
+        return state
 
     def segment_length(self, step: int) -> int:
         """Returns the steps to the next multiple of `segment_steps` in the epoch, or its end."""
@@ -105,6 +143,7 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
             trainer.compile(state)
             saved_at = time.monotonic()
             while step < trainer.total_steps and not trainer.exhausted(progress, step):
+                state = trainer.enter_phase(state, step)
                 start = time.perf_counter()
                 state, history = trainer.run_segment(state, trainer.segment_length(step))
                 seconds = time.perf_counter() - start
@@ -123,15 +162,15 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
                     latest.save(step, state, _record(trainer, progress))
                     saved_at = time.monotonic()
                 stop.raise_if_requested(step)
-        if settings.patience and (restored := best.restore_newest(state, log.warn)):
+        if settings.patience and (restored := best.restore_newest(trainer.template, log.warn)):
             state = devices.replicate(restored[0])
     return state, progress
 
 
 def _resume(trainer: Trainer, latest: Checkpoints, log: RunLog) -> tuple[TrainState, Progress]:
-    restored = latest.restore_newest(jax.eval_shape(trainer.init), log.warn)
+    restored = latest.restore_newest(trainer.template, log.warn)
     if restored is None:
-        return devices.replicate(trainer.init()), Progress()
+        return devices.replicate(trainer.start(log)), Progress()
     state, record = restored
     if record["data_sha256"] != trainer.dataset.sha256:
         raise UserError(

@@ -15,6 +15,8 @@ from cnn_jax.errors import UserError
 from cnn_jax.stop import Stopped
 
 MODES = ("train", "evaluate", "summary", "predict")
+OF_A_RUN = ("evaluate", "predict")
+"""The modes that read a trained workdir, and take its config where none is named."""
 
 _CONFIG = flags.DEFINE_string(
     "config", "quickstart", f"The experiment, one of:\n{configs.listing()}"
@@ -53,13 +55,17 @@ def main(argv: list[str]) -> None:
     if argv[1:] and mode != "predict":
         raise UserError(f"unexpected argument {argv[1]}; fields are changed by --set=field=value")
     base = configs.get(_CONFIG.value)
-    if mode in ("evaluate", "predict") and _WORKDIR.value and not _CONFIG.present:
-        base = config.load(Path(_WORKDIR.value) / "config.json")
+    from_workdir = mode in OF_A_RUN and _WORKDIR.value and not _CONFIG.present
+    if from_workdir:
+        base = config.load(Path(from_workdir) / "config.json")
     wanted = config.with_overrides(base, _SET.value)
     workdir = Path(_WORKDIR.value or default_workdir(wanted, _SET.value))
 
-    from cnn_jax import modes  # imports JAX, so it waits until the flags are known to be right
+    # They import JAX, which waits until the flags are known to be right.
+    from cnn_jax import modes, transfer
 
+    if wanted.init.checkpoint and not from_workdir:
+        wanted = config.with_overrides(transfer.adopt(base, wanted.init), _SET.value)
     modes.set_up_jax(wanted)
     if mode == "train":
         modes.train(wanted, workdir)

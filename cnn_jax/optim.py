@@ -119,7 +119,7 @@ def make_optimizer(
         steps.append(optax.clip_by_global_norm(config.clip_norm))
     if config.weight_decay and config.name != "adamw":
         steps.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
-    if len(phases) == 1:
+    if len(config.phases) < 2:
         steps.append(_update_rule(config, schedule))
     else:
         rules: dict[Hashable, optax.GradientTransformation] = {

@@ -129,6 +129,14 @@ def init_state(
     )
 
 
+@partial(jax.jit, static_argnames="recipe")
+def enter_phase(recipe: Recipe, state: TrainState) -> TrainState:
+    """Returns the state for another phase's recipe: what stays trainable keeps its velocity."""
+    fresh = recipe.optimizer.init(optim.trainable_part(state.params, recipe.groups))
+    opt_state = trees.replace_named(fresh, trees.named_leaves(state.opt_state))
+    return replace(state, opt_state=opt_state)
+
+
 def epoch_order(
     key: Key[Array, ""], epoch: Int[Array, ""], n: int, batch_size: int
 ) -> Int[Array, "steps batch"]:

@@ -1,7 +1,7 @@
 """Parameters by name: "block1/conv1/kernel" for params["block1"]["conv1"]["kernel"]."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,6 +36,11 @@ def merge(part: Any, whole: Any) -> Any:
     return jax.tree.map(
         lambda kept, leaf: leaf if kept is None else kept, part, whole, is_leaf=lambda x: x is None
     )
+
+
+def replace_named(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """Returns the tree with those of `leaves` that it has a name for in place of its own."""
+    return map_named(lambda name, leaf: leaves.get(name, leaf), tree)
 
 
 def param_count(params: Any) -> int:

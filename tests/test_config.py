@@ -343,7 +343,7 @@ def test_unknown_config(name: str, guess: str) -> None:
 def test_listing_has_a_line_for_each() -> None:
     lines = configs.listing().splitlines()
     assert [line.split()[0] for line in lines] == list(configs.CONFIGS)
-    assert "  simple_cnn   Listing 6-1: two convolutions, 3 epochs. Chapter: 64%." in lines
+    assert "  simple_cnn          Listing 6-1: two convolutions, 3 epochs. Chapter: 64%." in lines
     assert all(len(line.split()) > 3 for line in lines)
 
 
