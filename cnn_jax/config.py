@@ -79,7 +79,8 @@ class AugmentConfig:
 class ModelConfig:
     """The network. `models.build` turns it into a linen module."""
 
-    name: Literal["simple_cnn", "vgg"] = "simple_cnn"
+    name: Literal["simple_cnn", "vgg", "vgg16"] = "simple_cnn"
+    """`vgg16` averages the last feature maps to 7x7, as the ImageNet network does."""
     blocks: tuple[tuple[int, ...], ...] = ((50, 50),)
     """Filters of each 3x3 convolution, a tuple per block; a 2x2 max pool ends each block."""
     dense: tuple[int, ...] = (512,)
@@ -112,8 +113,9 @@ class InitConfig:
     """Where parameters come from that are not drawn by the seed."""
 
     checkpoint: str = ""
-    """A run's workdir. The network, the size of the images and their normalisation come with it
-    unless they are set as well. Empty: all parameters start from the seed."""
+    """A run's workdir, a file of VGG16 weights (.safetensors), or hf:REPO of the Hugging Face hub.
+    The network, the size of the images and their normalisation come with it unless they are set
+    as well. Empty: all parameters start from the seed."""
     kind: Literal["", "latest", "best"] = ""
     """Which parameters of the workdir. Empty: those that its run reported on."""
     skip: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -336,6 +337,27 @@ def _max_pool_backward(
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def adaptive_average_pool(
+    inputs: Float[Array, "batch height width channels"], side: int
+) -> Float[Array, "batch side side channels"]:
+    """Returns the means of side x side windows that cover the inputs, as PyTorch's of that name.
+
+    Window i of n pixels runs from floor(i n / side) to ceil((i + 1) n / side), so windows overlap
+    or repeat pixels where `side` does not divide n.
+    """
+    for axis in (1, 2):
+        n = inputs.shape[axis]
+        if n == side:
+            continue
+        means = np.zeros((n, side), np.float32)
+        for i in range(side):
+            start, stop = i * n // side, -(-(i + 1) * n // side)
+            means[start:stop, i] = 1 / (stop - start)
+        pooled = jnp.tensordot(inputs, jnp.asarray(means, inputs.dtype), ((axis,), (0,)))
+        inputs = jnp.moveaxis(pooled, -1, axis)
+    return inputs
 
 
 class MaxPool(nn.Module):

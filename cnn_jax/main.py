@@ -55,9 +55,9 @@ def main(argv: list[str]) -> None:
     if argv[1:] and mode != "predict":
         raise UserError(f"unexpected argument {argv[1]}; fields are changed by --set=field=value")
     base = configs.get(_CONFIG.value)
-    from_workdir = mode in OF_A_RUN and _WORKDIR.value and not _CONFIG.present
+    from_workdir = mode in OF_A_RUN and bool(_WORKDIR.value) and not _CONFIG.present
     if from_workdir:
-        base = config.load(Path(from_workdir) / "config.json")
+        base = config.load(Path(str(_WORKDIR.value)) / "config.json")
     wanted = config.with_overrides(base, _SET.value)
     workdir = Path(_WORKDIR.value or default_workdir(wanted, _SET.value))
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from cnn_jax import layers, trees
 from cnn_jax.config import ModelConfig
+from cnn_jax.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -106,16 +107,42 @@ class VGG(Classifier):
     """Blocks `block1`, `block2`, ... of 3x3 convolutions (Simonyan and Zisserman, 2015)."""
 
     blocks: tuple[tuple[int, ...], ...] = ((64, 64),)
+    grid: int = 0
+    """Side that the last feature maps are averaged to before the dense layers; 0: as they are."""
 
     @nn.compact
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
         """Returns logits; `train` turns dropout on and needs a "dropout" key."""
+        side, (height, width) = 2 ** len(self.blocks), images.shape[1:3]
+        if min(height, width) < side:
+            raise UserError(
+                f"{len(self.blocks)} blocks need images of {side}x{side} or larger, "
+                f"not {height}x{width}"
+            )
         x = images.astype(self.dtype)
         for i, widths in enumerate(self.blocks, start=1):
             x = VGGBlock(widths, self.activation, self.dtype, name=f"block{i}")(x)
+        if self.grid:
+            x = layers.adaptive_average_pool(x, self.grid)
         return self.classify(x, train)
+
+
+class VGG16(VGG):
+    """VGG16 for ImageNet, as in torchvision: 13 convolutions, 7x7 averages, fc1, fc2, head.
+
+    The averages let the trunk take images of 32x32 and larger, not only of 224x224.
+    """
+
+    blocks: tuple[tuple[int, ...], ...] = (
+        (64, 64),
+        (128, 128),
+        (256, 256, 256),
+        (512, 512, 512),
+        (512, 512, 512),
+    )
+    grid: int = 7
 
 
 @contextlib.contextmanager
@@ -159,7 +186,7 @@ def build(config: ModelConfig, n_classes: int) -> Classifier:
     }
     if config.name == "simple_cnn":
         return SimpleCNN(widths=config.blocks[0], **common)
-    return VGG(blocks=config.blocks, **common)
+    return {"vgg": VGG, "vgg16": VGG16}[config.name](blocks=config.blocks, **common)
 
 
 def param_names(model: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:

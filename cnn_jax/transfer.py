@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import checkpoint, config, data, trees
+from cnn_jax import checkpoint, config, data, trees, weights
 from cnn_jax.config import Config, InitConfig
 from cnn_jax.errors import UserError
 
@@ -16,8 +16,12 @@ def adopt(base: Config, init: InitConfig) -> Config:
     They belong to the parameters: a network that has seen other pixels would read them wrongly.
 
     Raises:
-        UserError: there is no such workdir.
+        UserError: there is no such workdir or file.
     """
+    if file := _weights_file(init.checkpoint):
+        seen = {"mean": weights.IMAGENET.mean, "std": weights.IMAGENET.std}
+        image = replace(base.data, image_size=weights.IMAGENET.image_size, **seen)
+        return replace(base, model=weights.describe(file), data=image)
     source = config.load(Path(init.checkpoint) / "config.json")
     seen = {"mean": source.data.mean, "std": source.data.std}
     size = data.image_side(source.data)
@@ -28,11 +32,21 @@ def load_variables(init: InitConfig) -> dict[str, Any]:
     """Returns the variables that `init.checkpoint` holds, those that a run evaluates.
 
     Raises:
-        UserError: there is no whole checkpoint.
+        UserError: there is no whole checkpoint, or the file is not VGG16's.
     """
+    if file := _weights_file(init.checkpoint):
+        if init.kind:
+            raise UserError(f"init.kind is read only with a workdir, and {file} is a file")
+        return {"params": weights.read(file), "batch_stats": {}}
     workdir = Path(init.checkpoint)
     kind = init.kind or config.load(workdir / "config.json").train.reported_kind
     return checkpoint.load_variables(workdir, kind)[0]
+
+
+def _weights_file(name: str) -> Path | None:
+    if name.startswith("hf:"):
+        return weights.download(name.removeprefix("hf:"))
+    return Path(name) if name.endswith(".safetensors") else None
 
 
 def merge(
