@@ -198,6 +198,9 @@ class TrainConfig:
     label_smoothing: float = 0.0
     accumulate: int = 1
     """Parts that a batch is computed in, one after the other, to save memory."""
+    cache_frozen: bool = False
+    """Compute what the layers below the lowest trainable one make of each image once, and keep it
+    in memory: the same result, and no step runs them. Needs optim.groups and no augmentation."""
     ema_decay: float = 0.0
     """Decay per step of the averaged parameters that are evaluated. 0: no average."""
     patience: int = 0
@@ -249,6 +252,11 @@ class Config:
             not self.train.patience or self.data.validation > 0,
             "train.patience needs a validation split, such as data.validation=0.1",
         )
+        if self.train.cache_frozen:
+            frozen = any(multiplier is None for _, multiplier in self.optim.groups)
+            _check(frozen, "train.cache_frozen needs optim.groups that freeze layers")
+            plain = self.augment == AugmentConfig()
+            _check(plain, "train.cache_frozen sees each image once; set it to false to augment")
 
 
 def _check(condition: bool, message: str) -> None:

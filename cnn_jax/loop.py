@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cnn_jax import devices, evaluate, optim, train, transfer
+from cnn_jax import devices, evaluate, models, optim, train, transfer
 from cnn_jax.checkpoint import Checkpoints
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset, Split
@@ -94,10 +94,33 @@ class Trainer:
         return min(length - done % length, self.steps_per_epoch - done)
 
     def compile(self, state: TrainState) -> None:
-        """Compiles the segment, so that no training time is spent on it."""
+        """Compiles the segment, so that no training time is spent on it.
+
+        With `train.cache_frozen`, what the frozen layers make of the images is computed first.
+        """
+        if self.config.train.cache_frozen:
+            self._cache_frozen(state)
         n_steps = devices.replicate(np.int32(0))
         lowered = train.train_segment.lower(self.recipe, state, *self._inputs, n_steps)
         self._segment = lowered.compile()
+
+    def _cache_frozen(self, state: TrainState) -> None:
+        shape, data = self.dataset.image_shape, self.config.data
+        layer = models.first_trainable(
+            self.recipe.model, shape, optim.trainable_part(state.params, self.recipe.groups)
+        )
+        self.recipe = replace(self.recipe, cache=models.LayerCache(layer, shape))
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        inputs = evaluate.layer_inputs(
+            self.recipe.model,
+            variables,
+            self.dataset.train.images,
+            layer,
+            mean=data.mean,
+            std=data.std,
+        )
+        self._recipes = [self.recipe]
+        self._inputs = (devices.replicate(inputs), *self._inputs[1:])
 
     def run_segment(self, state: TrainState, n_steps: int) -> tuple[TrainState, train.History]:
         """Runs steps and returns the state and their history as numpy arrays [n_steps].

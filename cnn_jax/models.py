@@ -175,6 +175,50 @@ def frozen_in_eval_mode(params: Any, trainable: Any) -> Iterator[None]:
         yield
 
 
+def _is_layer(context: Any) -> bool:
+    """Says whether a call that linen intercepts is a layer's own, not that of what holds layers."""
+    inside = isinstance(context.module, Classifier | VGGBlock)
+    return context.method_name == "__call__" and not inside
+
+
+def layer_input(model: nn.Module, variables: Any, images: Array, layer: str) -> Array:
+    """Returns what a layer is given in evaluation: past the activation function before it."""
+    given: list[Array] = []
+
+    def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if _is_layer(context) and "/".join(context.module.path) == layer:
+            given.append(args[0])
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        model.apply(variables, images)
+    return given[0]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The layer whose inputs are known beforehand, and the shape of the images they come from."""
+
+    layer: str
+    image_shape: tuple[int, int, int]
+
+    @contextlib.contextmanager
+    def replacing(self, inputs: Array) -> Iterator[Array]:
+        """Inside the block the layer is given `inputs`; yields images to call the network with.
+
+        They are NaN, so a network in which anything else reads what comes before the layer says
+        so. Otherwise nothing does, and XLA leaves all that out.
+        """
+
+        def replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            if _is_layer(context) and "/".join(context.module.path) == self.layer:
+                args = (inputs, *args[1:])
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(replace):
+            yield jnp.full((len(inputs), *self.image_shape), jnp.nan)
+
+
 def build(config: ModelConfig, n_classes: int) -> Classifier:
     """Returns the linen module that a config describes."""
     common = {
@@ -194,6 +238,16 @@ def param_names(model: nn.Module, image_shape: tuple[int, int, int]) -> list[str
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return list(trees.named_leaves(variables["params"]))
+
+
+def first_trainable(model: nn.Module, image_shape: tuple[int, int, int], trainable: Any) -> str:
+    """Returns the name of the first layer to run that has parameters in `trainable`."""
+    trained = list(trees.named_leaves(trainable))
+    return next(
+        row.name
+        for row in summarize(model, image_shape)
+        if any(name.startswith(row.name + "/") for name in trained)
+    )
 
 
 @dataclass(frozen=True)
@@ -218,7 +272,7 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         outputs = next_fun(*args, **kwargs)
         module = context.module
-        if context.method_name == "__call__" and not isinstance(module, Classifier | VGGBlock):
+        if _is_layer(context):
             params = module.variables.get("params", {})
             kernel_size = params["kernel"].size if "kernel" in params else 0
             shape = tuple(outputs.shape[1:])

@@ -26,6 +26,8 @@ class Recipe:
     schedule: optax.Schedule
     groups: Groups
     """What is frozen; the rest is the optimizer's, and the only part with gradients and state."""
+    cache: models.LayerCache | None
+    """Where set, what training is given are not images but the inputs of that layer."""
     loss: Callable[[Array, Array], Array]
     """Logits and labels to one loss an example."""
     normalize: Callable[[Images], Array]
@@ -97,6 +99,7 @@ def make_recipe(config: Config, n_classes: int, steps_per_epoch: int, phase: int
         optimizer=optim.make_optimizer(config.optim, schedule, phases[: phase + 1]),
         schedule=schedule,
         groups=phases[phase][1],
+        cache=None,
         loss=losses.from_config(config.train),
         normalize=partial(augment.normalize, mean=config.data.mean, std=config.data.std),
         augment=partial(
@@ -146,6 +149,21 @@ def epoch_order(
     return jnp.pad(order, (0, padding), constant_values=-1).reshape(-1, batch_size)
 
 
+def _forward(recipe: Recipe, variables: Any, images: Array, key: Array) -> tuple[Array, Any]:
+    """Returns the logits in training, and the variables that have changed."""
+    dropout_key, augment_key = jax.random.split(key)
+    settings: dict[str, Any] = {
+        "train": True,
+        "rngs": {"dropout": dropout_key},
+        "mutable": ["batch_stats"],
+    }
+    if recipe.cache is None:
+        images = recipe.augment(recipe.normalize(images), augment_key)
+        return recipe.model.apply(variables, images, **settings)
+    with recipe.cache.replacing(images) as placeholders:
+        return recipe.model.apply(variables, placeholders, **settings)
+
+
 def _gradients(
     recipe: Recipe, state: TrainState, batch: Batch, key: Key[Array, ""]
 ) -> tuple[Any, Any, Sums]:
@@ -157,17 +175,10 @@ def _gradients(
     trainable = optim.trainable_part(state.params, recipe.groups)
 
     def mean_loss(trainable: Any, batch_stats: Any, part: Batch, key: Array) -> tuple[Array, Any]:
-        dropout_key, augment_key = jax.random.split(key)
-        images = recipe.augment(recipe.normalize(part.images), augment_key)
         params = trees.merge(trainable, state.params)
+        variables = {"params": params, "batch_stats": batch_stats}
         with models.frozen_in_eval_mode(params, trainable):
-            logits, mutated = recipe.model.apply(
-                {"params": params, "batch_stats": batch_stats},
-                images,
-                train=True,
-                rngs={"dropout": dropout_key},
-                mutable=["batch_stats"],
-            )  # pyright: ignore[reportGeneralTypeIssues]
+            logits, mutated = _forward(recipe, variables, part.images, key)
         each = recipe.loss(logits, part.labels) * part.mask
         correct = (jnp.argmax(logits, axis=-1) == part.labels) * part.mask
         sums = Sums(jnp.sum(each), jnp.sum(correct), jnp.sum(part.mask))

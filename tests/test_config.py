@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from cnn_jax import config, configs
-from cnn_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from cnn_jax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from cnn_jax.errors import UserError
 
 HELP = "; --help lists the fields"
@@ -223,6 +231,12 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
         {"phases": ((0, ((".*", -1.0),)),)},
         "optim.phases: .* needs a positive multiplier, or null to freeze",
     ),
+    (
+        InitConfig,
+        {"checkpoint": "runs/x", "skip": ("(",)},
+        "init.skip: ( is no pattern: missing ), unterminated subpattern at position 0",
+    ),
+    (InitConfig, {"kind": "best"}, "init.kind is read only with init.checkpoint"),
     (TrainConfig, {"epochs": -1}, "train.epochs must be 0 or more"),
     (TrainConfig, {"batch_size": 0}, "train.batch_size must be positive"),
     (TrainConfig, {"label_smoothing": 1.0}, "train.label_smoothing must be in [0, 1)"),
@@ -233,6 +247,20 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"segment_steps": 0}, "train.segment_steps must be positive"),
     (TrainConfig, {"checkpoint_seconds": -1.0}, "train.checkpoint_seconds must be 0 or more"),
     (TrainConfig, {"keep_checkpoints": 0}, "train.keep_checkpoints must be positive"),
+    (
+        Config,
+        {"train": TrainConfig(cache_frozen=True), "optim": OptimConfig(groups=((".*", 1.0),))},
+        "train.cache_frozen needs optim.groups that freeze layers",
+    ),
+    (
+        Config,
+        {
+            "train": TrainConfig(cache_frozen=True),
+            "optim": OptimConfig(groups=(("head/.*", 1.0), (".*", None))),
+            "augment": AugmentConfig(flip=True),
+        },
+        "train.cache_frozen sees each image once; set it to false to augment",
+    ),
     (
         Config,
         {"train": TrainConfig(patience=1)},
