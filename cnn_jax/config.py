@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 from cnn_jax.errors import UserError
 
+NOT_OF_A_RUN = ("data.dir", "data.cache_dir", "features.")
+"""Where the data lies, and what is done with a run afterwards."""
+
 Groups = tuple[tuple[str, float | None], ...]
 """(pattern, learning-rate multiplier or None) pairs; see `OptimConfig.groups`."""
 
@@ -233,6 +236,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class FeaturesConfig:
+    """What `--mode=features` takes from a network and what learns from it; changes no run."""
+
+    layer: str = ""
+    """The layer whose activations are taken, as the next layer is given them. Empty: what the
+    head is given."""
+    classifier: Literal["", "svm", "random_forest", "mlp", "logistic", "knn"] = ""
+    """Trained on them with scikit-learn. Empty: none, they are only written."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole experiment. Two equal configs on one machine give bitwise equal parameters."""
 
@@ -245,6 +259,7 @@ class Config:
     init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**32, "seed must be in [0, 2**32)")
@@ -395,10 +410,9 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Returns "field: old -> new" for each field that differs, except where the data lies."""
+    """Returns "field: old -> new" for each field that differs and that a run depends on."""
     a, b = flatten(old), flatten(new)
-    location = ("data.dir", "data.cache_dir")
-    return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and k not in location]
+    return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and not k.startswith(NOT_OF_A_RUN)]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -73,6 +73,15 @@ def softmax(values: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n clas
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
+def most_wrong(
+    probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"], limit: int
+) -> Int[np.ndarray, "wrong"]:
+    """Returns the misclassified examples, those first whose label was thought least likely."""
+    of_label = probabilities[np.arange(len(labels)), labels]
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    return wrong[np.argsort(of_label[wrong], kind="stable")][:limit]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a network makes of a labelled split."""

@@ -10,7 +10,9 @@ its gradients also take 2.25 times fewer multiplications, by Winograd's minimal 
 On other platforms all functions are XLA's own, cuDNN included.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,10 +42,22 @@ _INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
+_portable = contextvars.ContextVar("portable", default=False)
+
 
 def _on_cpu() -> bool:
     """The one place where the platform decides; asked when a function is traced."""
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not _portable.get()
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Inside the block, functions are traced to what runs on every platform, of any batch size."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
 
 
 def conv_general_dilated(

@@ -14,8 +14,8 @@ from cnn_jax.config import Config
 from cnn_jax.errors import UserError
 from cnn_jax.stop import Stopped
 
-MODES = ("train", "evaluate", "summary", "predict")
-OF_A_RUN = ("evaluate", "predict")
+MODES = ("train", "evaluate", "summary", "predict", "features", "export")
+OF_A_RUN = ("evaluate", "predict", "features", "export")
 """The modes that read a trained workdir, and take its config where none is named."""
 
 _CONFIG = flags.DEFINE_string(
@@ -36,13 +36,15 @@ _MODE = flags.DEFINE_string(
     "train: train, or resume, and evaluate on the test set once; "
     "evaluate: evaluate a workdir's network again; "
     "summary: print layers, shapes, parameters and FLOPs; "
-    "predict: classify the image files and folders named after the flags.",
+    "predict: classify the image files and folders named after the flags; "
+    "features: write the activations of features.layer, and train features.classifier on them; "
+    "export: write the predictor for use without this project.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
     None,
     ["latest", "best"],
-    "Which parameters evaluate and predict use. Default: those the run reported on.",
+    "Which parameters the modes of a trained workdir use. Default: those the run reported on.",
 )
 _JSON = flags.DEFINE_bool("json", False, "Print predictions as JSON.")
 
@@ -73,14 +75,17 @@ def main(argv: list[str]) -> None:
         modes.summary(wanted)
     elif mode == "evaluate":
         modes.evaluate(wanted, workdir, _CHECKPOINT.value or "")
+    elif mode == "features":
+        modes.features(wanted, workdir, _CHECKPOINT.value or "")
+    elif mode == "export":
+        modes.export(wanted, workdir, _CHECKPOINT.value or "")
     else:
         modes.predict(wanted, workdir, _CHECKPOINT.value or "", argv[1:], _JSON.value)
 
 
 def default_workdir(wanted: Config, overrides: list[str]) -> str:
     """Returns runs/NAME, followed by the overrides that make the run another one."""
-    location = ("data.dir=", "data.cache_dir=")
-    changed = [o.replace("/", "_") for o in overrides if not o.startswith(location)]
+    changed = [o.replace("/", "_") for o in overrides if not o.startswith(config.NOT_OF_A_RUN)]
     return "runs/" + "-".join([wanted.name, *changed])
 
 

@@ -47,11 +47,17 @@ def test_the_frozen_layers_are_not_in_the_compiled_step(
     assert compiled[True] == 0
 
 
-def test_a_cached_run_resumes_and_evaluates_as_any_other(
-    tiny: Config, dataset: ImageDataset, workdir: Path
+def test_a_cached_run_is_compiled_once_resumes_and_evaluates_as_any_other(
+    tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
 ):
+    compiled = []
+    original = loop.Trainer.compile
+    monkeypatch.setattr(
+        loop.Trainer, "compile", lambda *args: (compiled.append(1), original(*args))[1]
+    )
     trainer = loop.Trainer(frozen(tiny, HEAD, True), dataset)
     state, _ = loop.fit(trainer, workdir, quiet(workdir))
+    assert compiled == [1]
     again, _ = loop.fit(loop.Trainer(frozen(tiny, HEAD, True), dataset), workdir, quiet(workdir))
     assert trees.sha256(state) == trees.sha256(again)
     assert "validation_accuracy" in lines(workdir)[-1]
