@@ -169,9 +169,11 @@ class Checkpoints:
         return None
 
     def restore_newest(
-        self, template: Any, warn: Callable[[str], None]
+        self, template: Callable[[int], Any], warn: Callable[[str], None]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Returns the newest whole checkpoint as a tree like `template`, and its record, or None.
+        """Returns the newest whole checkpoint as a tree like `template(step)`, and its record.
+
+        None where there is none.
 
         Raises:
             UserError: it does not hold exactly the template's arrays, by name, shape and dtype.
@@ -179,11 +181,13 @@ class Checkpoints:
         loaded = self.newest(warn, lambda name: True)
         if loaded is None:
             return None
-        found = {name: _describe(leaf) for name, leaf in loaded.arrays.items()}
-        expected = {name: _describe(leaf) for name, leaf in _flat(template).items()}
-        if found != expected:
-            raise UserError(f"{self.folder / str(loaded.step)} {_mismatch(found, expected)}")
-        restored = trees.map_named(lambda name, _: loaded.arrays[_dotted(name)], template)
+        tree = template(loaded.step)
+        if mismatch := difference(loaded.arrays, _flat(tree)):
+            raise UserError(
+                f"{self.folder / str(loaded.step)} was made by another network or optimizer: "
+                + mismatch
+            )
+        restored = trees.map_named(lambda name, _: loaded.arrays[_dotted(name)], tree)
         return restored, loaded.record
 
 
@@ -235,6 +239,19 @@ def _reason(error: BaseException) -> str:
     return os.strerror(int(code[1])) if code else text[:200]
 
 
+def load_variables(workdir: Path, kind: str) -> tuple[dict[str, Any], Loaded]:
+    """Returns the variables that are evaluated, and the rest of the newest checkpoint of a kind.
+
+    Raises:
+        UserError: there is none, or the newest is damaged.
+    """
+    loaded = load(
+        workdir, kind, lambda name: name.startswith(("params.", "ema_params.", "batch_stats."))
+    )
+    params = loaded.subtree("ema_params") or loaded.subtree("params")
+    return {"params": params, "batch_stats": loaded.subtree("batch_stats")}, loaded
+
+
 def _dotted(name: str) -> str:
     return name.replace("/", ".")
 
@@ -247,18 +264,17 @@ def _describe(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def _mismatch(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """Says which arrays a checkpoint and the network do not share, at most three a side."""
+def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Says which arrays by name two sides do not share, at most three a side; "" if they agree."""
+    a = {name: _describe(leaf) for name, leaf in found.items()}
+    b = {name: _describe(leaf) for name, leaf in expected.items()}
+    return "" if a == b else f"it holds {_only(a, b)}, and this config needs {_only(b, a)}"
 
-    def only(a: dict[str, Any], b: dict[str, Any]) -> str:
-        names = [f"{n} {a[n]['shape']} {a[n]['dtype']}" for n in a if a[n] != b.get(n)]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return ", ".join(names[:3]) + more if names else "nothing else"
 
-    return (
-        f"was made by another network or optimizer: it holds {only(found, expected)}, "
-        f"and this config needs {only(expected, found)}"
-    )
+def _only(a: dict[str, Any], b: dict[str, Any]) -> str:
+    names = [f"{n} {a[n]['shape']} {a[n]['dtype']}" for n in a if a[n] != b.get(n)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "nothing else"
 
 
 def _json_sha256(value: Any) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cnn_jax.errors import UserError
+
+NOT_OF_A_RUN = ("data.dir", "data.cache_dir", "features.")
+"""Where the data lies, and what is done with a run afterwards."""
+
+Groups = tuple[tuple[str, float | None], ...]
+"""(pattern, learning-rate multiplier or None) pairs; see `OptimConfig.groups`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ class AugmentConfig:
 class ModelConfig:
     """The network. `models.build` turns it into a linen module."""
 
-    name: Literal["simple_cnn", "vgg"] = "simple_cnn"
+    name: Literal["simple_cnn", "vgg", "vgg16"] = "simple_cnn"
+    """`vgg16` averages the last feature maps to 7x7, as the ImageNet network does."""
     blocks: tuple[tuple[int, ...], ...] = ((50, 50),)
     """Filters of each 3x3 convolution, a tuple per block; a 2x2 max pool ends each block."""
     dense: tuple[int, ...] = (512,)
@@ -104,6 +112,26 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Where parameters come from that are not drawn by the seed."""
+
+    checkpoint: str = ""
+    """A run's workdir, a file of VGG16 weights (.safetensors), or hf:REPO of the Hugging Face hub.
+    The network, the size of the images and their normalisation come with it unless they are set
+    as well. Empty: all parameters start from the seed."""
+    kind: Literal["", "latest", "best"] = ""
+    """Which parameters of the workdir. Empty: those that its run reported on."""
+    skip: tuple[str, ...] = ()
+    """Patterns of whole names that start from the seed, such as head/.*; all others must match."""
+
+    def __post_init__(self) -> None:
+        for pattern in self.skip:
+            _check_pattern("init.skip", pattern)
+        if not self.checkpoint:
+            _check(not self.kind, "init.kind is read only with init.checkpoint")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
@@ -124,6 +152,12 @@ class OptimConfig:
     boundaries: tuple[float, ...] = ()
     """Epochs after which `piecewise` multiplies the rate by `decay_factor`."""
     decay_factor: float = 0.1
+    groups: Groups = ()
+    """Pairs of a pattern and what the learning rate of the parameters that it matches whole is
+    multiplied by, or null to freeze them; the first match wins, and "{last}" is the number of the
+    last block. Such as [["head/.*",1],["block{last}/.*",0.1],[".*",null]]. Empty: all at 1."""
+    phases: tuple[tuple[int, Groups], ...] = ()
+    """Groups by the epoch they hold from: [[0,[["head/.*",1],[".*",null]]],[3,[[".*",0.1]]]]."""
 
     def __post_init__(self) -> None:
         _check(self.learning_rate > 0, "optim.learning_rate must be positive")
@@ -147,6 +181,14 @@ class OptimConfig:
             self.schedule != "piecewise" or bool(self.boundaries),
             "optim.schedule=piecewise needs optim.boundaries, such as [10,15]",
         )
+        _check(not (self.groups and self.phases), "optim.phases takes the place of optim.groups")
+        epochs = [epoch for epoch, _ in self.phases]
+        in_order = not epochs or (epochs[0] == 0 and epochs == sorted(set(epochs)))
+        _check(in_order, "optim.phases must start at epoch 0 and then rise")
+        if self.groups:
+            _check_groups("optim.groups", self.groups)
+        for _, groups in self.phases:
+            _check_groups("optim.phases", groups)
 
 
 @dataclass(frozen=True)
@@ -159,6 +201,9 @@ class TrainConfig:
     label_smoothing: float = 0.0
     accumulate: int = 1
     """Parts that a batch is computed in, one after the other, to save memory."""
+    cache_frozen: bool = False
+    """Compute what the layers below the lowest trainable one make of each image once, and keep it
+    in memory: the same result, and no step runs them. Needs optim.groups and no augmentation."""
     ema_decay: float = 0.0
     """Decay per step of the averaged parameters that are evaluated. 0: no average."""
     patience: int = 0
@@ -175,6 +220,11 @@ class TrainConfig:
     """Latest checkpoints kept; the best one is kept beside them."""
     seeds: int = 1
     """Runs, with seeds from `seed` on, one after the other in subfolders of the workdir."""
+
+    @property
+    def reported_kind(self) -> Literal["latest", "best"]:
+        """Which of its checkpoints a run reports on: with early stopping, the best."""
+        return "best" if self.patience else "latest"
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "train.epochs must be 0 or more")
@@ -193,6 +243,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class FeaturesConfig:
+    """What `--mode=features` takes from a network and what learns from it; changes no run."""
+
+    layer: str = ""
+    """The layer whose activations are taken, as the next layer is given them. Empty: what the
+    head is given."""
+    classifier: Literal["", "svm", "random_forest", "mlp", "logistic", "knn"] = ""
+    """Trained on them with scikit-learn. Empty: none, they are only written."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole experiment. Two equal configs on one machine give bitwise equal parameters."""
 
@@ -202,8 +263,10 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**32, "seed must be in [0, 2**32)")
@@ -213,6 +276,11 @@ class Config:
             not self.train.patience or self.data.validation > 0,
             "train.patience needs a validation split, such as data.validation=0.1",
         )
+        if self.train.cache_frozen:
+            frozen = any(multiplier is None for _, multiplier in self.optim.groups)
+            _check(frozen, "train.cache_frozen needs optim.groups that freeze layers")
+            plain = self.augment == AugmentConfig()
+            _check(plain, "train.cache_frozen sees each image once; set it to false to augment")
 
 
 def _check(condition: bool, message: str) -> None:
@@ -227,6 +295,24 @@ def _check_read(section: OptimConfig, name: str, selector: str, readers: tuple[s
     if getattr(section, name) != default and chosen not in readers:
         allowed = " or ".join(readers)
         raise UserError(f"optim.{name} is read only with optim.{selector}={allowed}, not {chosen}")
+
+
+def _check_pattern(field_name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{field_name}: {pattern} is no pattern: {error}") from None
+
+
+def _check_groups(field_name: str, groups: Groups) -> None:
+    for pattern, multiplier in groups:
+        _check_pattern(field_name, pattern)
+        positive = multiplier is None or multiplier > 0
+        _check(positive, f"{field_name}: {pattern} needs a positive multiplier, or null to freeze")
+    patterns = [pattern for pattern, _ in groups]
+    _check(len(set(patterns)) == len(patterns), f"{field_name} has a pattern twice")
+    trains = any(multiplier is not None for _, multiplier in groups)
+    _check(trains, f"{field_name} freezes everything; give a group a multiplier")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -333,10 +419,9 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Returns "field: old -> new" for each field that differs, except where the data lies."""
+    """Returns "field: old -> new" for each field that differs and that a run depends on."""
     a, b = flatten(old), flatten(new)
-    location = ("data.dir", "data.cache_dir")
-    return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and k not in location]
+    return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and not k.startswith(NOT_OF_A_RUN)]
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -7,9 +7,19 @@ A docstring's first line, with the chapter's test accuracy, is what `--help` pri
 from collections.abc import Callable
 from dataclasses import replace
 
-from cnn_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, nearest
+from cnn_jax.config import (
+    Config,
+    DataConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    nearest,
+)
 from cnn_jax.errors import UserError
 
+_NEW_HEAD, _FROZEN = ("head/.*", 1.0), (".*", None)
+_LAST_BLOCK = (r"(fc\d+|block{last})/.*", 0.1)
 _BLOCK1, _BLOCK2, _BLOCK3 = (64, 64), (128, 128), (256, 256, 256)
 
 
@@ -80,8 +90,75 @@ def vgg_dropout() -> Config:
     return replace(base, name="vgg_dropout", model=replace(base.model, dropout=0.5))
 
 
+def finetune_all() -> Config:
+    """All layers of init.checkpoint, at a tenth of the new head's rate, 10 epochs.
+
+    The network, the size of the images and their normalisation are the checkpoint's. The data are
+    to be named: data.name=folder needs data.dir.
+    """
+    return Config(
+        name="finetune_all",
+        data=DataConfig(name="folder"),
+        init=InitConfig(checkpoint="runs/vgg3", skip=("head/.*",)),
+        optim=OptimConfig(learning_rate=0.01, schedule="cosine", groups=(_NEW_HEAD, (".*", 0.1))),
+        train=TrainConfig(epochs=10, batch_size=32),
+    )
+
+
+def finetune_head() -> Config:
+    """A new head on the frozen layers of init.checkpoint, 20 epochs.
+
+    What the frozen layers make of an image is computed once, so the epochs cost next to nothing.
+    """
+    base = finetune_all()
+    return replace(
+        base,
+        name="finetune_head",
+        optim=replace(base.optim, groups=(_NEW_HEAD, _FROZEN)),
+        train=replace(base.train, epochs=20, cache_frozen=True),
+    )
+
+
+def finetune_last_block() -> Config:
+    """A new head, dense layers and last block; the blocks before are frozen, 10 epochs."""
+    base = finetune_all()
+    return replace(
+        base,
+        name="finetune_last_block",
+        optim=replace(base.optim, groups=(_NEW_HEAD, _LAST_BLOCK, _FROZEN)),
+    )
+
+
+def finetune_gradual() -> Config:
+    """The head alone, from epoch 3 with the last block, from epoch 6 all layers, 10 epochs.
+
+    Gradual unfreezing after Howard and Ruder, "Universal Language Model Fine-tuning" (2018).
+    """
+    base = finetune_all()
+    phases = (
+        (0, (_NEW_HEAD, _FROZEN)),
+        (3, (_NEW_HEAD, _LAST_BLOCK, _FROZEN)),
+        (6, (_NEW_HEAD, (".*", 0.1))),
+    )
+    return replace(
+        base, name="finetune_gradual", optim=replace(base.optim, groups=(), phases=phases)
+    )
+
+
 CONFIGS: dict[str, Callable[[], Config]] = {
-    make.__name__: make for make in (quickstart, simple_cnn, vgg1, vgg2, vgg3, vgg_dropout)
+    make.__name__: make
+    for make in (
+        quickstart,
+        simple_cnn,
+        vgg1,
+        vgg2,
+        vgg3,
+        vgg_dropout,
+        finetune_head,
+        finetune_last_block,
+        finetune_all,
+        finetune_gradual,
+    )
 }
 
 
@@ -100,5 +177,5 @@ def get(name: str) -> Config:
 def listing() -> str:
     """Returns one line a config: its name and the first line of its docstring."""
     return "\n".join(
-        f"  {name:<12} {(make.__doc__ or '').splitlines()[0]}" for name, make in CONFIGS.items()
+        f"  {name:<19} {(make.__doc__ or '').splitlines()[0]}" for name, make in CONFIGS.items()
     )

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ _SHAPES = {
     "svhn_cropped": (32, 10),
 }
 
-_CACHE_FORMAT = "1"  # Raise it with every change to decoding, and old caches are built anew.
+_CACHE_FORMAT = "2"  # Raise it with every change to decoding, and old caches are built anew.
 _CHUNK = 1000  # Records read at once: enough to hide the call, few enough to stay in memory.
 
 
@@ -52,13 +53,16 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
+    files: tuple[str, ...] = ()
+    """Of a folder's images, where in the folder each comes from."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, mask: np.ndarray) -> "Split":
         """Returns the examples where `mask` (bool [n]) holds, in order."""
-        return Split(self.images[mask], self.labels[mask])
+        files = tuple(itertools.compress(self.files, mask))
+        return Split(self.images[mask], self.labels[mask], files)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +179,11 @@ def describe(config: DataConfig) -> tuple[tuple[int, int, int], int]:
     return dataset.image_shape, len(dataset.class_names)
 
 
+def image_side(config: DataConfig) -> int:
+    """Returns the side in pixels of the images that a config names, without reading them."""
+    return _SHAPES[config.name][0] if config.name in _SHAPES else config.image_size
+
+
 def check(dataset: ImageDataset) -> None:
     """Refuses what would train to NaN or be measured wrongly.
 
@@ -226,7 +235,7 @@ def _select(split: Split, known: Sequence[str], names: Sequence[str]) -> Split:
     new_labels = np.full(len(known), -1, np.int32)
     new_labels[[known.index(name) for name in names]] = np.arange(len(names))
     labels = new_labels[split.labels]
-    return Split(split.images, labels).take(labels >= 0)
+    return replace(split, labels=labels).take(labels >= 0)
 
 
 def _set_aside(
@@ -311,7 +320,11 @@ def _read_cache(path: Path, fingerprint: str) -> _Decoded | None:
             if str(arrays["fingerprint"]) != fingerprint:
                 return None
             parts = {
-                part: Split(arrays[f"{part}_images"], arrays[f"{part}_labels"])
+                part: Split(
+                    arrays[f"{part}_images"],
+                    arrays[f"{part}_labels"],
+                    tuple(arrays[f"{part}_files"].tolist()),
+                )
                 for part in arrays["parts"].tolist()
             }
             names, skipped = arrays["class_names"].tolist(), arrays["skipped"].tolist()
@@ -331,7 +344,12 @@ def _write_cache(path: Path, fingerprint: str, decoded: _Decoded) -> None:
         "skipped": np.array(decoded.skipped, dtype=str),
     }
     for part, split in decoded.parts.items():
-        arrays |= {f"{part}_images": split.images, f"{part}_labels": split.labels}
+        files = np.array(split.files, dtype=str)
+        arrays |= {
+            f"{part}_images": split.images,
+            f"{part}_labels": split.labels,
+            f"{part}_files": files,
+        }
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -439,7 +457,9 @@ def _decode_folder(
             for path, reason in zip(paths, reasons, strict=True)
             if reason
         ]
-        parts[part] = Split(images, labels) if read.all() else Split(images, labels).take(read)
+        files = tuple(str(path.relative_to(root)) for path in paths)
+        whole = Split(images, labels, files)
+        parts[part] = whole if read.all() else whole.take(read)
         readable = np.bincount(parts[part].labels, minlength=len(names))
         if not readable.all():
             name = names[int(np.argmin(readable))]

@@ -9,24 +9,27 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from cnn_jax import augment, devices
+from cnn_jax import augment, devices, models
 
 # Large enough to fill the cores, small enough that activations of VGG stay in a few hundred MB.
 BATCH_SIZE = 250
 
 
-@partial(jax.jit, static_argnames=("model", "mean", "std"))
-def _batched_logits(
+@partial(jax.jit, static_argnames=("model", "layer", "mean", "std"))
+def _batched(
     model: nn.Module,
     variables: Any,
     batches: jax.Array,
     *,
+    layer: str,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> jax.Array:
     def forward(images: jax.Array) -> jax.Array:
-        images = devices.spread(images)
-        return model.apply(variables, augment.normalize(images, mean, std))  # pyright: ignore
+        images = augment.normalize(devices.spread(images), mean, std)
+        if layer:
+            return models.layer_input(model, variables, images, layer)
+        return model.apply(variables, images)  # pyright: ignore
 
     return devices.gather(jax.lax.map(forward, batches))
 
@@ -40,6 +43,19 @@ def logits(
     std: tuple[float, ...],
 ) -> Float[np.ndarray, "n classes"]:
     """Returns the float32 logits of every image, dropout off, running statistics in use."""
+    return layer_inputs(model, variables, images, "", mean=mean, std=std)
+
+
+def layer_inputs(
+    model: nn.Module,
+    variables: Any,
+    images: UInt8[np.ndarray, "n height width 3"],
+    layer: str,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[np.ndarray, "n *shape"]:
+    """Returns what a layer is given for every image; for the name "" the logits."""
     n = len(images)
     batch_size = min(BATCH_SIZE, n)
     batch_size += -batch_size % jax.device_count()
@@ -47,14 +63,23 @@ def logits(
     padded = np.zeros((n_batches * batch_size, *images.shape[1:]), np.uint8)
     padded[:n] = images
     batches = devices.replicate(padded.reshape(n_batches, batch_size, *images.shape[1:]))
-    out = _batched_logits(model, variables, batches, mean=mean, std=std)
-    return np.asarray(out).reshape(n_batches * batch_size, -1)[:n]
+    out = _batched(model, variables, batches, layer=layer, mean=mean, std=std)
+    return np.asarray(out).reshape(n_batches * batch_size, *out.shape[2:])[:n]
 
 
 def softmax(values: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
     """Returns probabilities for logits, in float64."""
     shifted = np.exp(values.astype(np.float64) - values.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def most_wrong(
+    probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"], limit: int
+) -> Int[np.ndarray, "wrong"]:
+    """Returns the misclassified examples, those first whose label was thought least likely."""
+    of_label = probabilities[np.arange(len(labels)), labels]
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    return wrong[np.argsort(of_label[wrong], kind="stable")][:limit]
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ its gradients also take 2.25 times fewer multiplications, by Winograd's minimal 
 On other platforms all functions are XLA's own, cuDNN included.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -39,10 +42,22 @@ _INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
+_portable = contextvars.ContextVar("portable", default=False)
+
 
 def on_cpu() -> bool:
     """The one place where the platform decides; asked when a function is traced."""
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not _portable.get()
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Inside the block, functions are traced to what runs on every platform, of any batch size."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
 
 
 def conv_general_dilated(
@@ -346,6 +361,27 @@ def _max_pool_backward(
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def adaptive_average_pool(
+    inputs: Float[Array, "batch height width channels"], side: int
+) -> Float[Array, "batch side side channels"]:
+    """Returns the means of side x side windows that cover the inputs, as PyTorch's of that name.
+
+    Window i of n pixels runs from floor(i n / side) to ceil((i + 1) n / side), so windows overlap
+    or repeat pixels where `side` does not divide n.
+    """
+    for axis in (1, 2):
+        n = inputs.shape[axis]
+        if n == side:
+            continue
+        means = np.zeros((n, side), np.float32)
+        for i in range(side):
+            start, stop = i * n // side, -(-(i + 1) * n // side)
+            means[start:stop, i] = 1 / (stop - start)
+        pooled = jnp.tensordot(inputs, jnp.asarray(means, inputs.dtype), ((axis,), (0,)))
+        inputs = jnp.moveaxis(pooled, -1, axis)
+    return inputs
 
 
 class MaxPool(nn.Module):

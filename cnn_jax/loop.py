@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cnn_jax import devices, evaluate, train, trees
+from cnn_jax import devices, evaluate, models, optim, train, transfer, trees
 from cnn_jax.checkpoint import Checkpoints
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset, Split
@@ -43,7 +43,14 @@ class Trainer:
         self.dataset = dataset
         self.steps_per_epoch = -(-len(dataset.train) // config.train.batch_size)
         self.total_steps = self.steps_per_epoch * config.train.epochs
-        self.recipe = train.make_recipe(config, len(dataset.class_names), self.steps_per_epoch)
+        self._phases = optim.make_phases(
+            config.optim, len(config.model.blocks), self.steps_per_epoch
+        )
+        self._recipes = [
+            train.make_recipe(config, len(dataset.class_names), self.steps_per_epoch, phase)
+            for phase in range(len(self._phases))
+        ]
+        self.recipe = self._recipes[0]
         devices.check_batch_size(config.train.batch_size)
         self._examples = devices.replicate((dataset.train.images, dataset.train.labels))
         self._make_keys()
@@ -57,12 +64,44 @@ class Trainer:
         other = copy.copy(self)
         settings = replace(self.config.train, seeds=1)
         other.config = replace(self.config, seed=seed, train=settings)
+        other.recipe = self._recipes[0]
         other._make_keys()
         return other
 
     def init(self) -> TrainState:
         """Returns the state before the first step."""
         return train.init_state(self.recipe, self._init_key, self.dataset.image_shape)
+
+    def start(self, log: RunLog) -> TrainState:
+        """Returns the state before the first step, taken from `init.checkpoint` where one is named.
+
+        Raises:
+            UserError: what it names does not fit the network.
+        """
+        state = self.init()
+        if not self.config.init.checkpoint:
+            return state
+        variables = transfer.load_variables(self.config.init)
+        params, batch_stats, line = transfer.merge(
+            variables, {"params": state.params, "batch_stats": state.batch_stats}, self.config.init
+        )
+        log.say(line)
+        averaged = None if state.ema_params is None else params
+        return replace(state, params=params, batch_stats=batch_stats, ema_params=averaged)
+
+    def template(self, step: int) -> TrainState:
+        """Returns the structure of the state after `step` steps, and takes up that phase."""
+        self.recipe = self._recipes[optim.phase_at(self._phases, max(step - 1, 0))]
+        return jax.eval_shape(self.init)
+
+    def enter_phase(self, state: TrainState, step: int) -> TrainState:
+        """Returns the state for the phase of `optim.phases` that the step after it belongs to."""
+        recipe = self._recipes[optim.phase_at(self._phases, step)]
+        if recipe is not self.recipe:
+            self.recipe = recipe
+            state = train.enter_phase(recipe, state)
+            self.compile(state)
+        return state
 
     def segment_length(self, step: int) -> int:
         """Returns the steps to the next multiple of `segment_steps` in the epoch, or its end."""
@@ -73,11 +112,32 @@ class Trainer:
     def compile(self, state: TrainState) -> None:
         """Compiles the segment, so that no training time is spent on it.
 
-        JAX remembers the program by the recipe, so trainers that share it compile it once.
+        With `train.cache_frozen`, what the frozen layers make of the images is computed first. JAX
+        remembers the program by the recipe, so trainers that share it compile it once.
         """
+        if self.config.train.cache_frozen:
+            self._cache_frozen(state)
         inputs = *self._examples, self._train_key, devices.replicate(np.int32(0))
         self._segment = train.train_segment.lower(self.recipe, state, *inputs).compile()
         devices.trim_heap()
+
+    def _cache_frozen(self, state: TrainState) -> None:
+        shape, data = self.dataset.image_shape, self.config.data
+        layer = models.first_trainable(
+            self.recipe.model, shape, optim.trainable_part(state.params, self.recipe.groups)
+        )
+        self.recipe = replace(self.recipe, cache=models.LayerCache(layer, shape))
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        inputs = evaluate.layer_inputs(
+            self.recipe.model,
+            variables,
+            self.dataset.train.images,
+            layer,
+            mean=data.mean,
+            std=data.std,
+        )
+        self._recipes = [self.recipe]
+        self._examples = devices.replicate(inputs), self._examples[1]
 
     def run_segment(self, state: TrainState, n_steps: int) -> tuple[TrainState, train.History]:
         """Runs steps and returns the state and their history as numpy arrays [n_steps].
@@ -123,6 +183,7 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
             trainer.compile(state)
             saved_at = time.monotonic()
             while step < trainer.total_steps and not trainer.exhausted(progress, step):
+                state = trainer.enter_phase(state, step)
                 start = time.perf_counter()
                 state, history = trainer.run_segment(state, trainer.segment_length(step))
                 seconds = time.perf_counter() - start
@@ -144,26 +205,27 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
                     saved_at = time.monotonic()
                 if signum:
                     raise Stopped(signum, step)
-        if settings.patience and (restored := _restore(state, best, log)):
+        if settings.patience and (restored := _restore(trainer, best, log)):
             state = devices.replicate(restored[0])
     return state, progress
 
 
 def _restore(
-    template: TrainState, store: Checkpoints, log: RunLog
+    trainer: Trainer, store: Checkpoints, log: RunLog
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """Returns the newest whole state of a store, as numpy arrays, and its record, or None."""
-    found = devices.on_main(lambda: store.restore_newest(template, log.warn))
-    record = devices.agree(found and found[1])
-    if record is None:
+    found = devices.on_main(lambda: store.restore_newest(trainer.template, log.warn))
+    told = devices.agree(found and (int(found[0].step), found[1]))
+    if told is None:
         return None
-    return devices.from_main(found[0] if found else template), record
+    step, record = told
+    return devices.from_main(found[0] if found else trainer.template(step)), record
 
 
 def _resume(trainer: Trainer, latest: Checkpoints, log: RunLog) -> tuple[TrainState, Progress]:
-    restored = _restore(jax.eval_shape(trainer.init), latest, log)
+    restored = _restore(trainer, latest, log)
     if restored is None:
-        return devices.replicate(trainer.init()), Progress()
+        return devices.replicate(trainer.start(log)), Progress()
     state, record = restored
     if record["data_sha256"] != trainer.dataset.sha256:
         raise UserError(

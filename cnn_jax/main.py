@@ -14,7 +14,9 @@ from cnn_jax.config import Config
 from cnn_jax.errors import UserError, printable
 from cnn_jax.stop import Stopped
 
-MODES = ("train", "evaluate", "summary", "predict", "verify")
+MODES = ("train", "evaluate", "summary", "predict", "verify", "features", "export")
+OF_A_RUN = ("evaluate", "predict", "verify", "features", "export")
+"""The modes that read a trained workdir, and take its config where none is named."""
 
 _CONFIG = flags.DEFINE_string(
     "config", "quickstart", f"The experiment, one of:\n{configs.listing()}"
@@ -35,13 +37,15 @@ _MODE = flags.DEFINE_string(
     "evaluate: evaluate a workdir's network again; "
     "summary: print layers, shapes, parameters and FLOPs; "
     "predict: classify the image files and folders named after the flags; "
-    "verify: train a finished workdir's run anew elsewhere and compare the bits of the parameters.",
+    "verify: train a finished workdir's run anew elsewhere and compare the bits of the parameters; "
+    "features: write the activations of features.layer, and train features.classifier on them; "
+    "export: write the predictor for use without this project.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
     None,
     ["latest", "best"],
-    "Which parameters evaluate and predict use. Default: those the run reported on.",
+    "Which parameters the modes of a trained workdir use. Default: those the run reported on.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Train with other processes, which srun or mpirun started."
@@ -66,17 +70,19 @@ def main(argv: list[str]) -> None:
     if argv[1:] and mode != "predict":
         raise UserError(f"unexpected argument {argv[1]}; fields are changed by --set=field=value")
     base = configs.get(_CONFIG.value)
-    if mode in ("evaluate", "predict", "verify") and _WORKDIR.value and not _CONFIG.present:
-        base = config.load(Path(_WORKDIR.value) / "config.json")
+    from_workdir = mode in OF_A_RUN and bool(_WORKDIR.value) and not _CONFIG.present
+    if from_workdir:
+        base = config.load(Path(str(_WORKDIR.value)) / "config.json")
     wanted = config.with_overrides(base, _SET.value)
     workdir = Path(_WORKDIR.value or default_workdir(wanted, _SET.value))
-
     if _DISTRIBUTED.value and mode != "train":
         raise UserError(f"--distributed is for --mode=train, not {mode}")
 
     # These import JAX, so they wait until the flags are known to be right.
-    from cnn_jax import devices, modes
+    from cnn_jax import devices, modes, transfer
 
+    if wanted.init.checkpoint and not from_workdir:
+        wanted = config.with_overrides(transfer.adopt(base, wanted.init), _SET.value)
     modes.set_up_jax(wanted)
     if _DISTRIBUTED.value:
         devices.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -88,14 +94,17 @@ def main(argv: list[str]) -> None:
         modes.evaluate(wanted, workdir, _CHECKPOINT.value or "")
     elif mode == "verify":
         sys.exit(0 if modes.verify(wanted, workdir) else 1)
+    elif mode == "features":
+        modes.features(wanted, workdir, _CHECKPOINT.value or "")
+    elif mode == "export":
+        modes.export(wanted, workdir, _CHECKPOINT.value or "")
     else:
         modes.predict(wanted, workdir, _CHECKPOINT.value or "", argv[1:], _JSON.value)
 
 
 def default_workdir(wanted: Config, overrides: list[str]) -> str:
     """Returns runs/NAME, followed by the overrides that make the run another one."""
-    location = ("data.dir=", "data.cache_dir=")
-    changed = [o.replace("/", "_") for o in overrides if not o.startswith(location)]
+    changed = [o.replace("/", "_") for o in overrides if not o.startswith(config.NOT_OF_A_RUN)]
     return "runs/" + "-".join([wanted.name, *changed])
 
 

@@ -3,8 +3,9 @@
 Names are what summaries, checkpoints and patterns speak of: "block1/conv1", "fc1", "head".
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from cnn_jax import layers, trees
 from cnn_jax.config import ModelConfig
+from cnn_jax.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -121,16 +123,116 @@ class VGG(Classifier):
     """Blocks `block1`, `block2`, ... of 3x3 convolutions (Simonyan and Zisserman, 2015)."""
 
     blocks: tuple[tuple[int, ...], ...] = ((64, 64),)
+    grid: int = 0
+    """Side that the last feature maps are averaged to before the dense layers; 0: as they are."""
 
     @nn.compact
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
         """Returns logits; `train` turns dropout on and needs a "dropout" key."""
+        side, (height, width) = 2 ** len(self.blocks), images.shape[1:3]
+        if min(height, width) < side:
+            raise UserError(
+                f"{len(self.blocks)} blocks need images of {side}x{side} or larger, "
+                f"not {height}x{width}"
+            )
         x = images.astype(self.dtype)
         for i, widths in enumerate(self.blocks, start=1):
             x = VGGBlock(widths, self.activation, self.dtype, name=f"block{i}")(x)
+        if self.grid:
+            x = layers.adaptive_average_pool(x, self.grid)
         return self.classify(x, train)
+
+
+class VGG16(VGG):
+    """VGG16 for ImageNet, as in torchvision: 13 convolutions, 7x7 averages, fc1, fc2, head.
+
+    The averages let the trunk take images of 32x32 and larger, not only of 224x224.
+    """
+
+    blocks: tuple[tuple[int, ...], ...] = (
+        (64, 64),
+        (128, 128),
+        (256, 256, 256),
+        (512, 512, 512),
+        (512, 512, 512),
+    )
+    grid: int = 7
+
+
+@contextlib.contextmanager
+def frozen_in_eval_mode(params: Any, trainable: Any) -> Iterator[None]:
+    """Inside the block, frozen modules run as in evaluation, whatever `train` they are given.
+
+    `trainable` is `params` with None in place of what is frozen. A module is frozen if it has
+    parameters and all of them are; one without parameters, such as dropout, is if the layer
+    before it is. Frozen BatchNorm uses its running statistics, which then do not move.
+    """
+    names, trained = list(trees.named_leaves(params)), set(trees.named_leaves(trainable))
+    switches = {nn.Dropout: "deterministic", nn.BatchNorm: "use_running_average"}
+    frozen = False
+
+    def evaluate(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        nonlocal frozen
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        prefix = "".join(f"{name}/" for name in context.module.path)
+        if own := [name for name in names if name.startswith(prefix)]:
+            frozen = trained.isdisjoint(own)
+        for kind, switch in switches.items():
+            if frozen and isinstance(context.module, kind):
+                # Linen refuses a switch that both the constructor and the call set.
+                object.__setattr__(context.module, switch, None)
+                args, kwargs = args[:1], {**kwargs, switch: True}
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(evaluate):
+        yield
+
+
+def _is_layer(context: Any) -> bool:
+    """Says whether a call that linen intercepts is a layer's own, not that of what holds layers."""
+    inside = isinstance(context.module, Classifier | VGGBlock)
+    return context.method_name == "__call__" and not inside
+
+
+def layer_input(model: nn.Module, variables: Any, images: Array, layer: str) -> Array:
+    """Returns what a layer is given in evaluation: past the activation function before it."""
+    given: list[Array] = []
+
+    def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if _is_layer(context) and "/".join(context.module.path) == layer:
+            given.append(args[0])
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        model.apply(variables, images)
+    return given[0]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The layer whose inputs are known beforehand, and the shape of the images they come from."""
+
+    layer: str
+    image_shape: tuple[int, int, int]
+
+    @contextlib.contextmanager
+    def replacing(self, inputs: Array) -> Iterator[Array]:
+        """Inside the block the layer is given `inputs`; yields images to call the network with.
+
+        They are NaN, so a network in which anything else reads what comes before the layer says
+        so. Otherwise nothing does, and XLA leaves all that out.
+        """
+
+        def replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            if _is_layer(context) and "/".join(context.module.path) == self.layer:
+                args = (inputs, *args[1:])
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(replace):
+            yield jnp.full((len(inputs), *self.image_shape), jnp.nan)
 
 
 def build(config: ModelConfig, n_classes: int) -> Classifier:
@@ -144,7 +246,24 @@ def build(config: ModelConfig, n_classes: int) -> Classifier:
     }
     if config.name == "simple_cnn":
         return SimpleCNN(widths=config.blocks[0], **common)
-    return VGG(blocks=config.blocks, **common)
+    return {"vgg": VGG, "vgg16": VGG16}[config.name](blocks=config.blocks, **common)
+
+
+def param_names(model: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
+    """Returns the names of all parameters, in name order, without computing anything."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return list(trees.named_leaves(variables["params"]))
+
+
+def first_trainable(model: nn.Module, image_shape: tuple[int, int, int], trainable: Any) -> str:
+    """Returns the name of the first layer to run that has parameters in `trainable`."""
+    trained = list(trees.named_leaves(trainable))
+    return next(
+        row.name
+        for row in summarize(model, image_shape)
+        if any(name.startswith(row.name + "/") for name in trained)
+    )
 
 
 @dataclass(frozen=True)
@@ -169,7 +288,7 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         outputs = next_fun(*args, **kwargs)
         module = context.module
-        if context.method_name == "__call__" and not isinstance(module, Classifier | VGGBlock):
+        if _is_layer(context):
             params = module.variables.get("params", {})
             kernel_size = params["kernel"].size if "kernel" in params else 0
             shape = tuple(outputs.shape[1:])

@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cnn_jax import config as configuration
-from cnn_jax import data, devices, loop, losses, models, photos, runs
+from cnn_jax import data, devices, loop, losses, models, optim, photos, runs, trees, weights
 from cnn_jax import evaluate as evaluation
+from cnn_jax import export as exporting
+from cnn_jax import features as extraction
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError, printable
 from cnn_jax.run_log import RunLog, SilentLog
@@ -24,6 +26,11 @@ from cnn_jax.stop import Stopped
 
 # The last of equal flags counts, so this one stands after the user's own.
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+_MOST_WRONG = 10
+"""Photos named of those that the network is wrong about."""
+_MATRIX_CLASSES = 12
+"""Up to so many classes the whole confusion matrix fits on a terminal."""
 
 
 def set_up_jax(config: Config) -> None:
@@ -52,6 +59,8 @@ def train(config: Config, workdir: Path) -> None:
             devices.check_same_data(dataset.sha256)
             run = runs.run if config.train.seeds == 1 else runs.run_seeds
             summary = run(loop.Trainer(config, dataset), workdir, partial(_log, console))
+            if dataset.test.files and summary.get("steps") and jax.process_count() == 1:
+                _print_evaluation(console, config, runs.load_trained(workdir, config), dataset)
     if "runs" in summary:
         for one in summary["runs"]:
             console.print(f"seed {one['seed']}: {_result(one)}")
@@ -88,12 +97,23 @@ def _result(summary: dict[str, Any]) -> str:
 
 def evaluate(config: Config, workdir: Path, kind: str) -> None:
     """Evaluates a workdir's network on the test set and prints accuracy, class by class."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     runs.check_config(workdir, config)
     trained = runs.load_trained(workdir, config, kind)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     dataset = _load_data(config, console)
+    _check_classes(dataset, trained, workdir)
+    _print_evaluation(console, config, trained, dataset)
+
+
+def _check_classes(dataset: data.ImageDataset, trained: runs.TrainedModel, workdir: Path) -> None:
     if dataset.class_names != trained.class_names:
         raise UserError(f"the classes of the images are not those {workdir} was trained on")
+
+
+def _print_evaluation(
+    console: Console, config: Config, trained: runs.TrainedModel, dataset: data.ImageDataset
+) -> None:
+    """Prints accuracy, confusion and, of photos, the files that the network is most wrong about."""
     logits = evaluation.logits(
         trained.model,
         trained.variables,
@@ -105,14 +125,107 @@ def evaluate(config: Config, workdir: Path, kind: str) -> None:
     console.print(
         f"step {trained.step}: test accuracy {result.accuracy:.2%}, test loss {result.loss:.4f}"
     )
-    table = Table("class", "images", "accuracy")
-    for name, row, correct in zip(
-        dataset.class_names, result.confusion, result.confusion.diagonal(), strict=True
-    ):
-        table.add_row(
-            printable(name), f"{row.sum()}", f"{correct / row.sum():.2%}" if row.sum() else "-"
+    console.print(_confusion_table(dataset.class_names, result.confusion))
+    probabilities = evaluation.softmax(logits)
+    wrong = evaluation.most_wrong(probabilities, dataset.test.labels, _MOST_WRONG)
+    if dataset.test.files and len(wrong):
+        console.print("most wrong:")
+        for i in wrong:
+            label, predicted = dataset.test.labels[i], int(probabilities[i].argmax())
+            line = (
+                f"  {dataset.test.files[i]}: {dataset.class_names[label]}, taken for "
+                f"{dataset.class_names[predicted]} ({probabilities[i, predicted]:.1%})"
+            )
+            console.print(printable(line))
+
+
+def _confusion_table(class_names: tuple[str, ...], confusion: np.ndarray) -> Table:
+    """Returns a row a class: images, accuracy, and what they are taken for."""
+    few = len(class_names) <= _MATRIX_CLASSES
+    others = class_names if few else ("most taken for",)
+    table = Table("class", "images", "accuracy", *(printable(name) for name in others))
+    for label, row in enumerate(confusion):
+        accuracy = f"{row[label] / row.sum():.2%}" if row.sum() else "-"
+        cells = [str(count) for count in row]
+        if not few:
+            mistakes = np.where(np.arange(len(row)) == label, 0, row)
+            most = int(mistakes.argmax())
+            cells = [f"{class_names[most]} ({mistakes[most]})" if mistakes[most] else "-"]
+        table.add_row(*map(printable, (class_names[label], str(row.sum()), accuracy, *cells)))
+    return table
+
+
+def features(config: Config, workdir: Path, kind: str) -> None:
+    """Writes a layer's activations for every image, and trains a classifier on them if asked to.
+
+    They are those of the workdir's network; where it has none yet, of `init.checkpoint`'s.
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    dataset = _load_data(config, console)
+    settings = {"mean": config.data.mean, "std": config.data.std}
+    own = None
+    if config.init.checkpoint and not (workdir / "checkpoints").is_dir():
+        with runs.claim(workdir, config):
+            trainer = loop.Trainer(config, dataset)
+            variables = trainer.start(RunLog(workdir, console)).eval_variables
+            model = trainer.recipe.model
+    else:
+        runs.check_config(workdir, config)
+        trained = runs.load_trained(workdir, config, kind)
+        _check_classes(dataset, trained, workdir)
+        model, variables = trained.model, trained.variables
+        logits = evaluation.logits(model, variables, dataset.test.images, **settings)
+        own = float(np.mean(logits.argmax(axis=1) == dataset.test.labels))
+    found = extraction.extract(model, variables, dataset, config.features.layer, **settings)
+    stem = workdir / "features" / found.layer.replace("/", ".")
+    found.save(stem.with_name(stem.name + ".npz"))
+    shapes = ", ".join(f"{n} {list(array.shape)}" for n, array in found.arrays.items())
+    console.print(f"{found.layer}: {shapes} in {stem}.npz")
+    if not config.features.classifier:
+        return
+    result = extraction.classify(found, config.features.classifier, config.seed)
+    result |= {"network_test_accuracy": own, "data_sha256": dataset.sha256}
+    runs.write_json(stem.with_name(f"{stem.name}-{config.features.classifier}.json"), result)
+    console.print(
+        f"{result['classifier']} on {found.layer}: test accuracy {result['test_accuracy']:.2%} "
+        f"(cross-validation on train {result['cross_validation_accuracy']:.2%}, "
+        f"{', '.join(f'{k}={v}' for k, v in result['settings'].items())}); "
+        + (
+            "the network has no head for these classes yet"
+            if own is None
+            else f"the network itself: {own:.2%}"
         )
-    console.print(table)
+    )
+
+
+def export(config: Config, workdir: Path, kind: str) -> None:
+    """Writes a trained network for use without this project, below `export` in its workdir."""
+    runs.check_config(workdir, config)
+    trained = runs.load_trained(workdir, config, kind)
+    folder = workdir / "export"
+    folder.mkdir(exist_ok=True)
+    serialized = exporting.predictor(
+        trained.model,
+        trained.variables,
+        trained.image_shape,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+    (folder / "predictor.jax").write_bytes(serialized)
+    about = {
+        "class_names": trained.class_names,
+        "input": ["uint8", ["n", *trained.image_shape]],
+        "output": ["float32", ["n", len(trained.class_names)]],
+        "platforms": exporting.PLATFORMS,
+        "params_sha256": trees.sha256(trained.variables["params"]),
+        "jax": runs.versions()["jax"],
+    }
+    runs.write_json(folder / "predictor.json", about)
+    written = ["predictor.jax", "predictor.json"]
+    if config.model.name == "vgg16":
+        weights.write(trained.variables["params"], folder / "vgg16.safetensors")
+        written.append("vgg16.safetensors")
+    print(f"{', '.join(written)} in {folder}")
 
 
 def verify(config: Config, workdir: Path) -> bool:
@@ -149,9 +262,13 @@ def verify(config: Config, workdir: Path) -> bool:
 
 
 def summary(config: Config) -> None:
-    """Prints a network's layers: output shape, parameters and FLOPs of one image's forward pass."""
+    """Prints a network's layers: output shape, parameters and FLOPs of one image's forward pass.
+
+    With `optim.groups` or `optim.phases`, the group of every parameter follows.
+    """
     image_shape, n_classes = data.describe(config.data)
-    rows = models.summarize(models.build(config.model, n_classes), image_shape)
+    model = models.build(config.model, n_classes)
+    rows = models.summarize(model, image_shape)
     table = Table(title=f"{config.name}: one {' x '.join(map(str, image_shape))} image")
     for heading in ("layer", "kind", "output shape", "parameters", "FLOPs"):
         table.add_column(heading, justify="right" if heading in ("parameters", "FLOPs") else "left")
@@ -161,7 +278,25 @@ def summary(config: Config) -> None:
     table.add_section()
     params, flops = sum(r.params for r in rows), sum(r.flops for r in rows)
     table.add_row("total", "", "", f"{params:,}", f"{flops:,}")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    if config.optim.groups or config.optim.phases:
+        console.print(_groups_table(config, models.param_names(model, image_shape)))
+
+
+def _groups_table(config: Config, names: list[str]) -> Table:
+    """Returns, for every parameter, the pattern that it matches and its multiplier, by phase."""
+    phases = optim.make_phases(config.optim, len(config.model.blocks), steps_per_epoch=1)
+    table = Table("parameter", *(f"learning rate from epoch {epoch}" for epoch, _ in phases))
+    for _, groups in phases:
+        optim.check_groups(groups, names)
+    for name in names:
+        cells = []
+        for _, groups in phases:
+            pattern, rate = optim.group_of(groups, name) or ("", None)
+            cells.append(f"{'frozen' if rate is None else f'x {rate:g}'}  ({pattern})")
+        table.add_row(name, *map(printable, cells))
+    return table
 
 
 def predict(config: Config, workdir: Path, kind: str, paths: list[str], as_json: bool) -> None:

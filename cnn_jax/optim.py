@@ -1,11 +1,76 @@
-"""Learning-rate schedules and optimizers, assembled from optax by a config's names."""
+"""Learning-rate schedules, optimizers and freezing, assembled from optax by a config's names."""
 
+import re
+from collections.abc import Hashable, Iterable
+from functools import partial
 from typing import Any
 
 import optax
 
 from cnn_jax import trees
-from cnn_jax.config import OptimConfig
+from cnn_jax.config import Groups, OptimConfig
+from cnn_jax.errors import UserError
+
+Phases = tuple[tuple[int, Groups], ...]
+"""Groups by the step they hold from: rising, the first from step 0."""
+
+
+def make_phases(config: OptimConfig, n_blocks: int, steps_per_epoch: int) -> Phases:
+    """Returns the groups of the whole run; without any, all parameters are trained alike."""
+
+    def resolve(groups: Groups) -> Groups:
+        return tuple((pattern.replace("{last}", str(n_blocks)), rate) for pattern, rate in groups)
+
+    if config.phases:
+        return tuple((epoch * steps_per_epoch, resolve(groups)) for epoch, groups in config.phases)
+    return ((0, resolve(config.groups)),)
+
+
+def phase_at(phases: Phases, step: int) -> int:
+    """Returns the index of the phase that a step, counted from 0, belongs to."""
+    return sum(start <= step for start, _ in phases) - 1
+
+
+def group_of(groups: Groups, name: str) -> tuple[str, float | None] | None:
+    """Returns the first of the groups whose pattern matches a parameter's whole name, or None."""
+    return next((group for group in groups if re.fullmatch(group[0], name)), None)
+
+
+def multiplier(groups: Groups, name: str) -> float | None:
+    """Returns what a parameter's learning rate is multiplied by; None if it is frozen."""
+    if not groups:
+        return 1.0
+    group = group_of(groups, name)
+    return group[1] if group else None
+
+
+def check_groups(groups: Groups, names: Iterable[str]) -> None:
+    """Refuses groups that do not divide up the parameters of those names.
+
+    Raises:
+        UserError: lists the parameters that no pattern matches, and the patterns that are the
+            first to match none.
+    """
+    if not groups:
+        return
+    chosen = {name: group_of(groups, name) for name in names}
+    uncovered = [name for name, group in chosen.items() if group is None]
+    unused = [pattern for pattern, rate in groups if (pattern, rate) not in chosen.values()]
+    if uncovered or unused:
+        raise UserError(
+            f"optim.groups: parameters that no pattern matches: {', '.join(uncovered) or 'none'}; "
+            f"patterns that are the first to match nothing: {', '.join(unused) or 'none'}"
+        )
+
+
+def trainable_part(params: Any, groups: Groups) -> Any:
+    """Returns `params` with None in place of what is frozen.
+
+    Raises:
+        UserError: the groups do not divide up the parameters.
+    """
+    check_groups(groups, trees.named_leaves(params))
+    return trees.keep(lambda name: multiplier(groups, name) is not None, params)
 
 
 def make_schedule(config: OptimConfig, steps_per_epoch: int, epochs: int) -> optax.Schedule:
@@ -37,8 +102,14 @@ def decay_mask(params: Any) -> Any:
     return trees.map_named(lambda name, _: name.endswith("kernel"), params)
 
 
-def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns clipping, weight decay and the optimizer as one transformation.
+def make_optimizer(
+    config: OptimConfig, schedule: optax.Schedule, phases: Phases = ((0, ()),)
+) -> optax.GradientTransformation:
+    """Returns clipping, weight decay, the optimizer and the groups' multipliers as one.
+
+    It is that of the last of `phases`, and is given the trainable part of the parameters alone,
+    so what is frozen has no state and no say in the norm. What has been trained since different
+    phases is counted apart: Adam corrects its averages for the steps that a parameter has seen.
 
     Momentum is v = momentum * v + gradient; update = -rate * v, as in TensorFlow's
     MomentumOptimizer, which the chapter uses. Adam and RMSProp keep optax' other constants.
@@ -48,15 +119,49 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
         steps.append(optax.clip_by_global_norm(config.clip_norm))
     if config.weight_decay and config.name != "adamw":
         steps.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
-    if config.name == "adam":
-        steps.append(optax.adam(schedule))
-    elif config.name == "adamw":
-        steps.append(optax.adamw(schedule, weight_decay=config.weight_decay, mask=decay_mask))
-    elif config.name == "rmsprop":
-        steps.append(optax.rmsprop(schedule))
-    elif config.name == "sgd":
-        steps.append(optax.sgd(schedule))
+    if len(config.phases) < 2:
+        steps.append(_update_rule(config, schedule))
     else:
-        nesterov = config.name == "nesterov"
-        steps.append(optax.sgd(schedule, momentum=config.momentum, nesterov=nesterov))
+        rules: dict[Hashable, optax.GradientTransformation] = {
+            str(start): _update_rule(config, partial(_shifted, schedule, start))
+            for start, _ in phases
+        }
+        labels = partial(trees.map_named, lambda name, _: str(_trained_since(phases, name)))
+        steps.append(optax.partition(rules, labels))
+    groups = phases[-1][1]
+    if any(rate != 1 for _, rate in groups):
+        steps.append(
+            optax.stateless(
+                lambda updates, _: trees.map_named(
+                    lambda name, update: update * multiplier(groups, name), updates
+                )
+            )
+        )
     return optax.chain(*steps)
+
+
+def _update_rule(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    if config.name == "adam":
+        return optax.adam(schedule)
+    if config.name == "adamw":
+        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=decay_mask)
+    if config.name == "rmsprop":
+        return optax.rmsprop(schedule)
+    if config.name == "sgd":
+        return optax.sgd(schedule)
+    nesterov = config.name == "nesterov"
+    return optax.sgd(schedule, momentum=config.momentum, nesterov=nesterov)
+
+
+def _shifted(schedule: optax.Schedule, start: int, count: Any) -> Any:
+    return schedule(count + start)
+
+
+def _trained_since(phases: Phases, name: str) -> int:
+    """Returns the step from which a parameter has been trained without a break."""
+    since = phases[-1][0]
+    for start, groups in reversed(phases):
+        if multiplier(groups, name) is None:
+            break
+        since = start
+    return since

@@ -230,18 +230,13 @@ def load_trained(workdir: Path, run_config: Config, kind: str = "") -> TrainedMo
         UserError: no whole checkpoint of that kind is there.
     """
     check_single(workdir, run_config)
-    kind = kind or ("best" if run_config.train.patience else "latest")
-    loaded = checkpoint.load(
-        workdir, kind, lambda name: name.startswith(("params.", "ema_params.", "batch_stats."))
-    )
+    kind = kind or run_config.train.reported_kind
+    variables, loaded = checkpoint.load_variables(workdir, kind)
     class_names = tuple(loaded.record["class_names"])
     return TrainedModel(
         config=run_config,
         model=models.build(run_config.model, len(class_names)),
-        variables={
-            "params": loaded.subtree("ema_params") or loaded.subtree("params"),
-            "batch_stats": loaded.subtree("batch_stats"),
-        },
+        variables=variables,
         class_names=class_names,
         image_shape=tuple(loaded.record["image_shape"]),
         step=loaded.step,

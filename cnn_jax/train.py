@@ -11,8 +11,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from cnn_jax import augment, devices, layers, losses, models, optim
-from cnn_jax.config import Config
+from cnn_jax import augment, devices, layers, losses, models, optim, trees
+from cnn_jax.config import Config, Groups
 
 Images = UInt8[Array, "batch height width channels"]
 
@@ -24,6 +24,10 @@ class Recipe:
     model: models.Classifier
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    groups: Groups
+    """What is frozen; the rest is the optimizer's, and the only part with gradients and state."""
+    cache: models.LayerCache | None
+    """Where set, what training is given are not images but the inputs of that layer."""
     loss: Callable[[Array, Array], Array]
     """Logits and labels to one loss an example."""
     normalize: Callable[[Images], Array]
@@ -89,13 +93,16 @@ class Batch:
     mask: Float[Array, "batch"]
 
 
-def make_recipe(config: Config, n_classes: int, steps_per_epoch: int) -> Recipe:
-    """Builds the compiled-in part of training from a config."""
+def make_recipe(config: Config, n_classes: int, steps_per_epoch: int, phase: int = 0) -> Recipe:
+    """Builds the compiled-in part of training, in one phase of `optim.phases`, from a config."""
     schedule = optim.make_schedule(config.optim, steps_per_epoch, config.train.epochs)
+    phases = optim.make_phases(config.optim, len(config.model.blocks), steps_per_epoch)
     return Recipe(
         model=models.build(config.model, n_classes),
-        optimizer=optim.make_optimizer(config.optim, schedule),
+        optimizer=optim.make_optimizer(config.optim, schedule, phases[: phase + 1]),
         schedule=schedule,
+        groups=phases[phase][1],
+        cache=None,
         loss=losses.from_config(config.train),
         normalize=partial(augment.normalize, mean=config.data.mean, std=config.data.std),
         augment=partial(
@@ -123,10 +130,18 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=recipe.optimizer.init(params),
+        opt_state=recipe.optimizer.init(optim.trainable_part(params, recipe.groups)),
         ema_params=params if recipe.ema_decay else None,
         epoch_sums=Sums.zeros(),
     )
+
+
+@partial(jax.jit, static_argnames="recipe")
+def enter_phase(recipe: Recipe, state: TrainState) -> TrainState:
+    """Returns the state for another phase's recipe: what stays trainable keeps its velocity."""
+    fresh = recipe.optimizer.init(optim.trainable_part(state.params, recipe.groups))
+    opt_state = trees.replace_named(fresh, trees.named_leaves(state.opt_state))
+    return replace(state, opt_state=opt_state)
 
 
 def epoch_order(
@@ -138,22 +153,36 @@ def epoch_order(
     return jnp.pad(order, (0, padding), constant_values=-1).reshape(-1, batch_size)
 
 
+def _forward(recipe: Recipe, variables: Any, images: Array, key: Array) -> tuple[Array, Any]:
+    """Returns the logits in training, and the variables that have changed."""
+    dropout_key, augment_key = jax.random.split(key)
+    settings: dict[str, Any] = {
+        "train": True,
+        "rngs": {"dropout": dropout_key},
+        "mutable": ["batch_stats"],
+    }
+    if recipe.cache is None:
+        images = recipe.augment(recipe.normalize(images), augment_key)
+        return recipe.model.apply(variables, images, **settings)
+    with recipe.cache.replacing(images) as placeholders:
+        return recipe.model.apply(variables, placeholders, **settings)
+
+
 def _gradients(
     recipe: Recipe, state: TrainState, batch: Batch, key: Key[Array, ""]
 ) -> tuple[Any, Any, Sums]:
-    """Returns the gradient of the mean loss, the new batch statistics, and the totals."""
-    total = jnp.sum(batch.mask)
+    """Returns the gradient of the mean loss, the new batch statistics, and the totals.
 
-    def mean_loss(params: Any, batch_stats: Any, part: Batch, key: Array) -> tuple[Array, Any]:
-        dropout_key, augment_key = jax.random.split(key)
-        images = recipe.augment(recipe.normalize(part.images), augment_key)
-        logits, mutated = recipe.model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            rngs={"dropout": dropout_key},
-            mutable=["batch_stats"],
-        )  # pyright: ignore[reportGeneralTypeIssues]
+    The gradient is that of the trainable parameters alone, so none is computed below the lowest.
+    """
+    total = jnp.sum(batch.mask)
+    trainable = optim.trainable_part(state.params, recipe.groups)
+
+    def mean_loss(trainable: Any, batch_stats: Any, part: Batch, key: Array) -> tuple[Array, Any]:
+        params = trees.merge(trainable, state.params)
+        variables = {"params": params, "batch_stats": batch_stats}
+        with models.frozen_in_eval_mode(params, trainable):
+            logits, mutated = _forward(recipe, variables, part.images, key)
         each = recipe.loss(logits, part.labels) * part.mask
         correct = (jnp.argmax(logits, axis=-1) == part.labels) * part.mask
         sums = Sums(jnp.sum(each), jnp.sum(correct), jnp.sum(part.mask))
@@ -161,20 +190,20 @@ def _gradients(
 
     grad = jax.grad(mean_loss, has_aux=True)
     if recipe.accumulate == 1:
-        grads, (sums, batch_stats) = grad(state.params, state.batch_stats, batch, key)
+        grads, (sums, batch_stats) = grad(trainable, state.batch_stats, batch, key)
         return grads, batch_stats, sums
 
     def add_part(carry: Any, part: Any) -> tuple[Any, None]:
         grads, batch_stats, sums = carry
         batch, index = part
         part_key = jax.random.fold_in(key, index)
-        new_grads, (new_sums, batch_stats) = grad(state.params, batch_stats, batch, part_key)
+        new_grads, (new_sums, batch_stats) = grad(trainable, batch_stats, batch, part_key)
         carry = jax.tree.map(jnp.add, grads, new_grads), batch_stats
         return (*carry, jax.tree.map(jnp.add, sums, new_sums)), None
 
     shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate)
     parts = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), batch)
-    start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats, Sums.zeros())
+    start = (jax.tree.map(jnp.zeros_like, trainable), state.batch_stats, Sums.zeros())
     (grads, batch_stats, sums), _ = jax.lax.scan(
         add_part, start, (parts, jnp.arange(recipe.accumulate))
     )
@@ -211,11 +240,15 @@ def _update(
     recipe: Recipe, state: TrainState, grads: Any, batch_stats: Any, sums: Sums
 ) -> TrainState:
     """Returns the state after the optimizer's step, which is counted elsewhere."""
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    trainable = optim.trainable_part(state.params, recipe.groups)
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, trainable)
+    trainable = optax.apply_updates(trainable, updates)
+    params = trees.merge(trainable, state.params)
     ema_params = state.ema_params
     if recipe.ema_decay:
-        ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
+        averaged = optim.trainable_part(ema_params, recipe.groups)
+        averaged = optax.incremental_update(trainable, averaged, 1 - recipe.ema_decay)
+        ema_params = trees.merge(averaged, ema_params)
     return replace(
         state,
         params=params,

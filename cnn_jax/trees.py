@@ -1,7 +1,7 @@
 """Parameters by name: "block1/conv1/kernel" for params["block1"]["conv1"]["kernel"]."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,23 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(path_name(path), leaf), tree
     )
+
+
+def keep(wanted: Callable[[str], bool], tree: Any) -> Any:
+    """Returns the tree with None, which has no leaves, in place of what is not wanted by name."""
+    return map_named(lambda name, leaf: leaf if wanted(name) else None, tree)
+
+
+def merge(part: Any, whole: Any) -> Any:
+    """Returns `part`, a tree that `keep` made, with the leaves of `whole` in place of its Nones."""
+    return jax.tree.map(
+        lambda kept, leaf: leaf if kept is None else kept, part, whole, is_leaf=lambda x: x is None
+    )
+
+
+def replace_named(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """Returns the tree with those of `leaves` that it has a name for in place of its own."""
+    return map_named(lambda name, leaf: leaves.get(name, leaf), tree)
 
 
 def param_count(params: Any) -> int:

@@ -38,7 +38,7 @@ def everything(name: str) -> bool:
 def test_a_state_comes_back_bitwise_with_its_record(workdir: Path):
     save(workdir, 7)
     with Checkpoints(workdir, "latest", 2) as store:
-        restored = store.restore_newest(jax.eval_shape(lambda: STATE), never)
+        restored = store.restore_newest(lambda _: jax.eval_shape(lambda: STATE), never)
     assert restored is not None
     assert trees.sha256(restored[0]) == trees.sha256(STATE)
     assert restored[0]["half"].dtype == jnp.bfloat16
@@ -108,7 +108,7 @@ def test_damage_is_named_and_the_one_before_is_taken(workdir: Path, damage):
     damage(workdir / "checkpoints/latest/2")
     warnings: list[str] = []
     with Checkpoints(workdir, "latest", 2) as store:
-        restored = store.restore_newest(STATE, warnings.append)
+        restored = store.restore_newest(lambda _: STATE, warnings.append)
     assert restored is not None
     assert int(restored[0]["step"]) == 1
     assert len(warnings) == 1
@@ -163,7 +163,7 @@ def test_another_architecture_is_refused_with_both_sides_named(workdir: Path):
     save(workdir, 1)
     other = {**STATE, "params": {"fc": {"kernel": jnp.zeros((2, 4)), "gamma": jnp.zeros(3)}}}
     with Checkpoints(workdir, "latest", 2) as store, pytest.raises(UserError) as error:
-        store.restore_newest(other, never)
+        store.restore_newest(lambda _: other, never)
     assert "it holds params.fc.bias [3] float32, params.fc.kernel [2, 3] float32" in str(
         error.value
     )
@@ -173,13 +173,13 @@ def test_another_architecture_is_refused_with_both_sides_named(workdir: Path):
 def test_another_dtype_is_refused(workdir: Path):
     save(workdir, 1)
     with Checkpoints(workdir, "latest", 2) as store, pytest.raises(UserError, match="int32"):
-        store.restore_newest({**STATE, "step": jnp.float32(0)}, never)
+        store.restore_newest(lambda _: {**STATE, "step": jnp.float32(0)}, never)
 
 
 def test_no_checkpoint_is_none_in_training_and_an_error_outside(workdir: Path):
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load(workdir, "latest", everything)
     with Checkpoints(workdir, "latest", 2) as store:
-        assert store.restore_newest(STATE, never) is None
+        assert store.restore_newest(lambda _: STATE, never) is None
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.load(workdir, "latest", everything)

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from cnn_jax import config, configs
-from cnn_jax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from cnn_jax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from cnn_jax.errors import UserError
 
 HELP = "; --help lists the fields"
@@ -62,6 +70,18 @@ def test_configs_are_frozen() -> None:
         ("optim.learning_rate=1e-3", "optim", "learning_rate", 0.001),
         ("optim.learning_rate=1", "optim", "learning_rate", 1.0),
         ("optim.name=adam", "optim", "name", "adam"),
+        (
+            'optim.groups=[["head/.*",1],["fc1/.*",0.5],[".*",null]]',
+            "optim",
+            "groups",
+            (("head/.*", 1.0), ("fc1/.*", 0.5), (".*", None)),
+        ),
+        (
+            'optim.phases=[[0,[["head/.*",1],[".*",null]]],[3,[[".*",0.1]]]]',
+            "optim",
+            "phases",
+            ((0, (("head/.*", 1.0), (".*", None))), (3, ((".*", 0.1),))),
+        ),
         ("train.loss=mse", "train", "loss", "mse"),
         ("train.checkpoint_seconds=0", "train", "checkpoint_seconds", 0.0),
     ],
@@ -117,6 +137,8 @@ def test_overrides_apply_in_order_and_are_checked_as_a_whole() -> None:
             "optim.name=adm: expected momentum|sgd|nesterov|adam|adamw|rmsprop "
             "(did you mean adam?)",
         ),
+        ('optim.groups=[["head/.*"]]', "optim.groups=['head/.*']: expected 2 values"),
+        ('optim.groups=[["head/.*","x"]]', "optim.groups=x: expected float"),
         ("train.loss=hinge", "train.loss=hinge: expected cross_entropy|mse"),
     ],
 )
@@ -171,6 +193,52 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
         {"schedule": "piecewise"},
         "optim.schedule=piecewise needs optim.boundaries, such as [10,15]",
     ),
+    (
+        OptimConfig,
+        {"groups": (("(", 1.0),)},
+        "optim.groups: ( is no pattern: missing ), unterminated subpattern at position 0",
+    ),
+    (
+        OptimConfig,
+        {"groups": ((".*", 0.0),)},
+        "optim.groups: .* needs a positive multiplier, or null to freeze",
+    ),
+    (
+        OptimConfig,
+        {"groups": ((".*", None),)},
+        "optim.groups freezes everything; give a group a multiplier",
+    ),
+    (
+        OptimConfig,
+        {"groups": ((".*", 1.0), (".*", None))},
+        "optim.groups has a pattern twice",
+    ),
+    (
+        OptimConfig,
+        {"groups": ((".*", 1.0),), "phases": ((0, ((".*", 1.0),)),)},
+        "optim.phases takes the place of optim.groups",
+    ),
+    (
+        OptimConfig,
+        {"phases": ((1, ((".*", 1.0),)),)},
+        "optim.phases must start at epoch 0 and then rise",
+    ),
+    (
+        OptimConfig,
+        {"phases": ((0, ((".*", 1.0),)), (0, ((".*", 1.0),)))},
+        "optim.phases must start at epoch 0 and then rise",
+    ),
+    (
+        OptimConfig,
+        {"phases": ((0, ((".*", -1.0),)),)},
+        "optim.phases: .* needs a positive multiplier, or null to freeze",
+    ),
+    (
+        InitConfig,
+        {"checkpoint": "runs/x", "skip": ("(",)},
+        "init.skip: ( is no pattern: missing ), unterminated subpattern at position 0",
+    ),
+    (InitConfig, {"kind": "best"}, "init.kind is read only with init.checkpoint"),
     (TrainConfig, {"epochs": -1}, "train.epochs must be 0 or more"),
     (TrainConfig, {"batch_size": 0}, "train.batch_size must be positive"),
     (TrainConfig, {"label_smoothing": 1.0}, "train.label_smoothing must be in [0, 1)"),
@@ -186,6 +254,20 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
         Config,
         {"seed": 2**32 - 1, "train": TrainConfig(seeds=2)},
         "train.seeds=2 ends at seed 4294967296, past 2**32 - 1",
+    ),
+    (
+        Config,
+        {"train": TrainConfig(cache_frozen=True), "optim": OptimConfig(groups=((".*", 1.0),))},
+        "train.cache_frozen needs optim.groups that freeze layers",
+    ),
+    (
+        Config,
+        {
+            "train": TrainConfig(cache_frozen=True),
+            "optim": OptimConfig(groups=(("head/.*", 1.0), (".*", None))),
+            "augment": AugmentConfig(flip=True),
+        },
+        "train.cache_frozen sees each image once; set it to false to augment",
     ),
     (
         Config,
@@ -311,7 +393,7 @@ def test_unknown_config(name: str, guess: str) -> None:
 def test_listing_has_a_line_for_each() -> None:
     lines = configs.listing().splitlines()
     assert [line.split()[0] for line in lines] == list(configs.CONFIGS)
-    assert "  simple_cnn   Listing 6-1: two convolutions, 3 epochs. Chapter: 64%." in lines
+    assert "  simple_cnn          Listing 6-1: two convolutions, 3 epochs. Chapter: 64%." in lines
     assert all(len(line.split()) > 3 for line in lines)
 
 

@@ -22,6 +22,7 @@ from cnn_jax import data
 from cnn_jax.config import DataConfig
 from cnn_jax.data import ImageDataset, Split
 from cnn_jax.errors import UserError
+from cnn_jax.photos import load_image
 
 Make = Callable[..., DataConfig]
 
@@ -657,11 +658,29 @@ def test_folder_cache(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         patch.setattr(data, "_decode_folder", lambda *args: pytest.fail("decoded again"))
         second = data.load(config)
         assert (second.sha256, second.skipped) == (first.sha256, first.skipped)
+        assert second.test.files == first.test.files != ()
         os.utime(photos / "b" / "001.png", (1, 1))
         with pytest.raises(pytest.fail.Exception):
             data.load(config)
     (photos / "b" / "001.png").unlink()
     assert len(data.load(config).train) + len(data.load(config).test) == 5
+
+
+def test_a_folder_s_images_know_their_files(make: Make, tmp_path: Path) -> None:
+    """Through the cache, the choice of classes, the split and a file that is passed over."""
+    photos = tmp_path / "photos"
+    write_photos(photos, {"a": 4, "b": 5, "c": 3})
+    (photos / "b" / "000.png").write_bytes(b"broken")
+    config = make(name="folder", dir=str(photos), image_size=8, classes=("b", "c"))
+    for _ in range(2):
+        dataset = data.load(config)
+        for split in dataset.parts.values():
+            assert len(split.files) == len(split)
+            for image, label, file in zip(split.images, split.labels, split.files, strict=True):
+                assert file.startswith(f"{dataset.class_names[label]}/")
+                np.testing.assert_array_equal(image, load_image(photos / file, 8))
+        listed = [file for split in dataset.parts.values() for file in split.files]
+        assert len(set(listed)) == 7
 
 
 def test_folder_skips_what_cannot_be_read(

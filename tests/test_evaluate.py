@@ -40,3 +40,10 @@ def test_score_counts_what_is_right_and_what_is_taken_for_what():
 def test_softmax_is_safe_for_large_logits():
     found = evaluate.softmax(np.array([[1000.0, 1000.0], [0.0, np.log(3)]], np.float32))
     np.testing.assert_allclose(found, [[0.5, 0.5], [0.25, 0.75]], rtol=1e-6)
+
+
+def test_most_wrong_are_those_whose_label_was_least_likely():
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.99, 0.01], [0.3, 0.7]])
+    labels = np.array([1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(evaluate.most_wrong(probabilities, labels, 3), [3, 0, 4])
+    assert len(evaluate.most_wrong(probabilities, labels, 9)) == 4

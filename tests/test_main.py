@@ -116,6 +116,19 @@ def test_summary_prints_the_chapter_s_total(tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_summary_shows_the_group_of_every_parameter(tmp_path: Path):
+    groups = '--set=optim.phases=[[0,[["head/.*",1],[".*",null]]],[3,[["fc[12]/.*",0.1],[".*",1]]]]'
+    result = command("--config=vgg1", "--mode=summary", groups, cwd=tmp_path, COLUMNS="120")
+    assert result.returncode == 0, result.stderr
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)] for line in result.stdout.split("\n")]
+    assert ["", "parameter", "learning rate from epoch 0", "learning rate from epoch 3", ""] in rows
+    assert ["", "block1/conv1/kernel", "frozen  (.*)", "x 1  (.*)", ""] in rows
+    assert ["", "fc2/bias", "frozen  (.*)", "x 0.1  (fc[12]/.*)", ""] in rows
+    assert ["", "head/kernel", "x 1  (head/.*)", "x 1  (.*)", ""] in rows
+    line = mistake("--config=vgg1", "--mode=summary", groups.replace("fc[12]", "cf"), cwd=tmp_path)
+    assert "patterns that are the first to match nothing: cf/.*" in line
+
+
 def test_a_workdir_holds_what_the_readme_says(trained: Path):
     names = {path.name for path in (trained / "run").iterdir()}
     assert {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard"} <= names

@@ -1,0 +1,37 @@
+"""A trained network as one file that JAX alone can run, without this project."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.export  # pyright: ignore[reportMissingImports]
+import jax.numpy as jnp
+
+from cnn_jax import augment, layers
+
+PLATFORMS = ("cpu", "cuda")
+
+
+def predictor(
+    model: nn.Module,
+    variables: dict[str, Any],
+    image_shape: tuple[int, int, int],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> bytes:
+    """Returns a serialized function from pixels to probabilities, parameters included.
+
+    It takes uint8 [n, height, width, 3] for any n and returns float32 [n, classes]; normalisation
+    is inside. `jax.export.deserialize(data).call(images)` runs it on a CPU and on CUDA.
+    """
+
+    def predict(images: jax.Array) -> jax.Array:
+        logits = model.apply(variables, augment.normalize(images, mean, std))
+        return jax.nn.softmax(jnp.asarray(logits))
+
+    (n,) = jax.export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((n, *image_shape), jnp.uint8)
+    with layers.portable():
+        exported = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(images)
+    return bytes(exported.serialize())

@@ -1,0 +1,87 @@
+"""From a folder of all kinds of photos to a fine-tuned classifier, as a user types it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_main import SMALL, command, mistake
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pretrained run, and photos: sizes, palettes, EXIF rotations, broken files."""
+    folder = tmp_path_factory.mktemp("user")
+    assert command(*SMALL, "--workdir=pretrained", cwd=folder).returncode == 0
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            height, width = rng.integers(12, 70, 2)
+            pixels = np.clip(rng.normal(colour, 40, (height, width, 3)), 0, 255).astype(np.uint8)
+            image = Image.fromarray(pixels)
+            path = folder / "photos" / name / f"{i}.jpg"
+            if i % 4 == 1:
+                image.quantize(32).save(path.with_suffix(".png"))
+            elif i % 4 == 2:
+                exif = Image.Exif()
+                exif[0x0112] = 6
+                image.save(path, exif=exif)
+            else:
+                image.save(path)
+        (folder / "photos" / name / "broken.jpg").write_bytes(b"\xff\xd8 not a photo")
+    return folder
+
+
+RUN = (
+    "--config=finetune_head",
+    "--set=data.name=folder",
+    "--set=data.dir=photos",
+    "--set=init.checkpoint=pretrained",
+    "--set=train.epochs=100",  # the network has 16 features, of gray digits
+    "--set=optim.learning_rate=0.1",
+)
+
+
+def test_own_photos_in_one_command(cwd: Path):
+    result = command(*RUN, "--workdir=run", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
+    assert "folder photos: 48 train, 12 test images, 3 classes" in out
+    assert "from pretrained" in out
+    assert "3 files skipped" in result.stderr
+    accuracy = re.search(r"^test accuracy ([\d.]+)%", out, re.MULTILINE)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 75
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)] for line in out.splitlines()]
+    assert ["", "class", "images", "accuracy", "blue", "green", "red", ""] in rows
+    assert sum(int(row[2]) for row in rows if row[1:2] and row[1] in COLOURS) == 12
+    again = command("--mode=evaluate", "--workdir=run", cwd=cwd)
+    assert f"test accuracy {accuracy[1]}%" in again.stdout
+    predicted = command("--mode=predict", "--workdir=run", "photos/blue/0.jpg", cwd=cwd)
+    assert re.fullmatch(r"photos/blue/0.jpg: (blue|green|red) \(\d+\.\d%\)\n", predicted.stdout)
+
+
+def test_the_photos_it_gets_most_wrong_are_named(cwd: Path):
+    """A green photo lies among the red ones of the test part."""
+    folder = cwd / "swapped"
+    for name in COLOURS:
+        for part in ("train", "test"):
+            (folder / part / name).mkdir(parents=True, exist_ok=True)
+        for path in (cwd / "photos" / name).iterdir():
+            part = "test" if path.stem in ("0", "1", "2") else "train"
+            (folder / part / name / path.name).write_bytes(path.read_bytes())
+    (folder / "test/red/0.jpg").write_bytes((cwd / "photos/green/0.jpg").read_bytes())
+    run = [argument.replace("photos", "swapped") for argument in RUN]
+    result = command(*run, "--workdir=swapped_run", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    listed = result.stdout.split("most wrong:\n")[1].splitlines()
+    assert re.fullmatch(r"  test/red/0.jpg: red, taken for green \(\d+\.\d%\)", listed[0])
+
+
+def test_a_folder_without_a_name_or_a_checkpoint_says_what_to_set(cwd: Path):
+    assert "data.dir=PHOTOS" in mistake("--config=finetune_head", *RUN[3:4], cwd=cwd)
+    assert "runs/vgg3" in mistake(*RUN[:3], cwd=cwd)

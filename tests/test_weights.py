@@ -1,0 +1,146 @@
+"""VGG16 against PyTorch's numbers, and its weights as safetensors, both ways."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import make_vgg16_vectors as reference
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from cnn_jax import configs, layers, models, transfer, trees, weights
+from cnn_jax.config import InitConfig, ModelConfig
+from cnn_jax.errors import UserError
+
+SMALL = {"blocks": ((4, 4), (4, 6), (4, 4, 4), (4, 4, 4), (4, 4, 5)), "dense": (8, 7)}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A file of a very narrow VGG16 with three classes, with torchvision's names."""
+    path = tmp_path / "small.safetensors"
+    save_file(reference.weights(**SMALL, n_classes=3), path)
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        weights.describe(path)
+        weights.read(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(path), "PATH")
+
+
+def test_logits_are_pytorchs(tmp_path: Path):
+    """The whole network at 224x224, and at sizes whose 7x7 averages repeat and overlap pixels."""
+    path = tmp_path / "vgg16.safetensors"
+    save_file(reference.weights(), path)
+    config = weights.describe(path)
+    assert models.build(config, 1000) == models.VGG16(
+        n_classes=1000, dense=(4096,) * 2, dropout=0.5
+    )
+    params = weights.read(path)
+    assert trees.param_count(params) == 138_357_544
+    apply = jax.jit(models.build(config, 1000).apply)
+    with np.load(reference.VECTORS) as expected:
+        for size in reference.SIZES:
+            found = np.asarray(apply({"params": params}, reference.images(size)))
+            error = np.abs(found - expected[f"size{size}"]).max()
+            print(f"{size}: largest logit {np.abs(found).max():.3f}, largest error {error:.2e}")
+            assert error < 1e-4
+
+
+@pytest.mark.parametrize("style", ["torchvision", "timm"])
+def test_what_is_read_is_written_back_bit_for_bit(small: Path, tmp_path: Path, style):
+    params = weights.read(small)
+    written = tmp_path / "written.safetensors"
+    weights.write(params, written, style)
+    assert trees.sha256(weights.read(written)) == trees.sha256(params)
+    assert weights.describe(written) == weights.describe(small)
+    if style == "torchvision":
+        assert trees.sha256(load_file(written)) == trees.sha256(load_file(small))
+    else:
+        shapes = {name: array.shape for name, array in load_file(written).items()}
+        assert shapes["pre_logits.fc1.weight"] == (8, 5, 7, 7)
+        assert shapes["pre_logits.fc2.weight"] == (7, 8, 1, 1)
+        assert shapes["head.fc.weight"] == (3, 7)
+        assert shapes["features.28.weight"] == (5, 4, 3, 3)
+
+
+def test_timm_s_file_of_the_same_arrays_gives_the_same_params(small: Path, tmp_path: Path):
+    arrays = load_file(small)
+    renamed = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2"}
+    renamed["classifier.6"] = "head.fc"
+    for old, new in renamed.items():
+        arrays[f"{new}.weight"] = arrays.pop(f"{old}.weight")
+        arrays[f"{new}.bias"] = arrays.pop(f"{old}.bias")
+    arrays["pre_logits.fc1.weight"] = arrays["pre_logits.fc1.weight"].reshape(8, 5, 7, 7)
+    arrays["pre_logits.fc2.weight"] = arrays["pre_logits.fc2.weight"].reshape(7, 8, 1, 1)
+    save_file(arrays, tmp_path / "timm.safetensors")
+    found = weights.read(tmp_path / "timm.safetensors")
+    assert trees.sha256(found) == trees.sha256(weights.read(small))
+
+
+def test_a_wrong_file_is_one_line(small: Path, tmp_path: Path):
+    path = tmp_path / "wrong.safetensors"
+    assert refusal(path) == "PATH does not exist"
+    path.write_bytes(b"no safetensors at all")
+    assert refusal(path).startswith("PATH is not a safetensors file: ")
+    arrays = load_file(small)
+    save_file({"x": np.zeros(2)}, path)
+    assert refusal(path) == (
+        "PATH is not VGG16: missing or unknown are classifier.0.bias, classifier.0.weight, "
+        "classifier.3.bias and 30 more"
+    )
+    save_file(arrays | {"features.1.weight": np.zeros(2)}, path)
+    assert refusal(path) == "PATH is not VGG16: missing or unknown are features.1.weight"
+    save_file(arrays | {"features.0.bias": np.zeros(4, np.float16)}, path)
+    assert refusal(path) == "PATH: features.0.bias is float16, not float32"
+    save_file(arrays | {"features.0.weight": np.zeros((4, 3, 5, 5), np.float32)}, path)
+    assert refusal(path) == "PATH: features.0.weight [4, 3, 5, 5] is not VGG16's"
+    save_file(arrays | {"classifier.0.weight": np.zeros((8, 80), np.float32)}, path)
+    assert refusal(path) == "PATH: classifier.0.weight [8, 80] is not VGG16's"
+
+
+def test_the_hub_is_named_where_its_package_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError) as caught:
+        transfer.adopt(configs.get("finetune_head"), InitConfig(checkpoint="hf:timm/vgg16.tv_in1k"))
+    assert str(caught.value) == (
+        "hf:timm/vgg16.tv_in1k needs the package huggingface_hub; install it, "
+        "or name a .safetensors file"
+    )
+
+
+def test_normalisation_and_size_come_with_the_file(small: Path):
+    base = configs.get("finetune_head")
+    adopted = transfer.adopt(base, InitConfig(checkpoint=str(small)))
+    assert adopted.model == ModelConfig(name="vgg16", **SMALL, dropout=0.5)
+    assert adopted.data.image_size == 224
+    assert adopted.data.mean == (0.485, 0.456, 0.406)
+    assert adopted.data.std == (0.229, 0.224, 0.225)
+    assert json.dumps(adopted.data.dir) == json.dumps(base.data.dir)
+
+
+@pytest.mark.parametrize("size", [32, 33, 64, 150])
+def test_the_trunk_takes_32x32_and_larger(size: int):
+    model = models.VGG16(n_classes=3, **SMALL)
+    images = jnp.zeros((1, size, size, 3))
+    logits, variables = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images))
+    assert logits.shape == (1, 3)
+    assert variables["params"]["fc1"]["kernel"].shape == (5 * 49, 8)
+
+
+def test_smaller_images_are_refused():
+    with pytest.raises(UserError, match="5 blocks need images of 32x32 or larger, not 31x31"):
+        models.param_names(models.VGG16(n_classes=3, **SMALL), (31, 31, 3))
+
+
+def test_adaptive_average_pool_by_hand():
+    x = jnp.arange(3.0).reshape(1, 3, 1, 1)  # windows of 3 pixels for 2 means: {0, 1} and {1, 2}
+    found = layers.adaptive_average_pool(x, 2)
+    np.testing.assert_allclose(found[0, :, :, 0], [[0.5, 0.5], [1.5, 1.5]])
+    np.testing.assert_array_equal(layers.adaptive_average_pool(jnp.ones((1, 1, 1, 2)), 7), 1.0)
