@@ -71,5 +71,5 @@ def test_vgg16_is_exported_for_both_platforms():
 
 def test_portable_ends_with_its_block():
     with layers.portable():
-        assert not layers._on_cpu()
-    assert layers._on_cpu() == (jax.default_backend() == "cpu")
+        assert not layers.on_cpu()
+    assert layers.on_cpu() == (jax.default_backend() == "cpu")

@@ -65,7 +65,7 @@ def test_frozen_parameters_keep_their_bits(tiny: Config, dataset: ImageDataset, 
     state, _ = run(trainer, 6)
     images, labels = dataset.train.images[:8], dataset.train.labels[:8]
     batch = train.Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(8))
-    alone, _ = train.train_step(trainer.recipe, trainer.init(), batch, jax.random.key(0))
+    alone, *_ = train.train_step(trainer.recipe, trainer.init(), batch, jax.random.key(0))
     for params in (state.params, state.ema_params, alone.params, alone.ema_params):
         for leaf_name, leaf in leaves(params).items():
             same = np.array_equal(leaf, before[leaf_name])
@@ -121,7 +121,7 @@ def flops(function, *arguments) -> float:
 
 def test_training_the_head_of_vgg3_costs_no_more_than_1_4_forward_passes(monkeypatch):
     """Counted by XLA, whose own convolutions are used: it counts the body of a loop only once."""
-    monkeypatch.setattr(layers, "_on_cpu", lambda: False)
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
     base = configs.get("vgg3")
     shape, n = (32, 32, 3), 16
 
@@ -171,7 +171,7 @@ def step_of_normed(groups) -> tuple[train.TrainState, train.TrainState, list[flo
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
     batch = train.Batch(jnp.asarray(images), jnp.arange(8) % 3, jnp.ones(8))
     steps = [train.train_step(recipe, state, batch, jax.random.key(seed)) for seed in range(3)]
-    return state, steps[0][0], [float(sums.loss) for _, sums in steps]
+    return state, steps[0][0], [float(sums.loss) for _, sums, _ in steps]
 
 
 def test_frozen_batch_norm_runs_on_statistics_that_do_not_move():
