@@ -1,0 +1,94 @@
+"""Prints, for every config, what this project's compiled segment reaches on this device.
+
+python benchmarks/throughput.py [--configs=vgg1,vgg3] [--batch_size=1024] [--dtype=bfloat16]
+
+One process, one device or all of a machine. Images are scikit-learn's digits, scaled to 32x32 and
+repeated; after a first segment, which also compiles, several are timed, with one wait for the
+device each. FLOPs are three times the forward pass' of the summary. Their share is that of
+--peak_tflops, the data sheet's figure for the devices used, or without it of the rate at which the
+device multiplies large matrices of the same dtype.
+"""
+
+import time
+from dataclasses import replace
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from cnn_jax import configs, data, loop, models
+from cnn_jax.config import DataConfig
+from cnn_jax.data import ImageDataset, Split
+
+_CONFIGS = flags.DEFINE_list(
+    "configs", ["simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout"], "Configs to time."
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1024, "Images a step.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the computation.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps a segment.", lower_bound=1)
+_SEGMENTS = flags.DEFINE_integer("segments", 5, "Segments timed.", lower_bound=1)
+_PEAK = flags.DEFINE_float("peak_tflops", None, "Peak of all devices together, in TFLOP/s.")
+
+
+def make_data(n: int) -> ImageDataset:
+    """Returns n training images."""
+    digits = data.load(DataConfig(name="digits"))
+    images = np.resize(digits.train.images, (n, *digits.image_shape))
+    return replace(digits, train=Split(images, np.resize(digits.train.labels, n)))
+
+
+def matmul_rate(dtype: str, size: int) -> float:
+    """Returns FLOP/s of a matrix product of size cubed, on all devices as if alike."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.dot)
+    product(a, a).block_until_ready()
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / median(seconds) * jax.device_count()
+
+
+def seconds_per_step(name: str, dataset: ImageDataset) -> tuple[float, int]:
+    """Returns the median time of a step, and the FLOPs of one image's forward pass."""
+    config = configs.get(name)
+    settings = replace(config.train, batch_size=_BATCH_SIZE.value, segment_steps=_STEPS.value)
+    model = replace(config.model, dtype=_DTYPE.value)
+    trainer = loop.Trainer(replace(config, train=settings, model=model), dataset)
+    state = trainer.init()
+    trainer.compile(state)
+    state, _ = trainer.run_segment(state, _STEPS.value)
+    seconds = []
+    for _ in range(_SEGMENTS.value):
+        start = time.perf_counter()
+        state, _ = trainer.run_segment(state, _STEPS.value)
+        seconds.append((time.perf_counter() - start) / _STEPS.value)
+    rows = models.summarize(trainer.recipe.model, dataset.image_shape)
+    return median(seconds), sum(row.flops for row in rows)
+
+
+def main(_: list[str]) -> None:
+    """Prints the table."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    peak = _PEAK.value * 1e12 if _PEAK.value else matmul_rate(_DTYPE.value, size)
+    source = "data sheet" if _PEAK.value else f"{_DTYPE.value} products of {size} cubed"
+    kind = jax.devices()[0].device_kind
+    print(f"{jax.device_count()} x {kind}, peak {peak / 1e12:.2f} TFLOP/s ({source})")
+    print("| config | batch | dtype | images/s | TFLOP/s | share of peak |")
+    print("|---|---|---|---|---|---|")
+    dataset = make_data(_BATCH_SIZE.value * _STEPS.value)
+    for name in _CONFIGS.value:
+        seconds, flops = seconds_per_step(name, dataset)
+        rate = 3 * flops * _BATCH_SIZE.value / seconds
+        print(
+            f"| {name} | {_BATCH_SIZE.value} | {_DTYPE.value} "
+            f"| {_BATCH_SIZE.value / seconds:,.0f} | {rate / 1e12:.3f} | {rate / peak:.0%} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)
