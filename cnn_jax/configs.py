@@ -91,10 +91,10 @@ def vgg_dropout() -> Config:
 
 
 def finetune_all() -> Config:
-    """All layers of init.checkpoint, at a tenth of the new head's rate, 10 epochs.
+    """All layers of init.checkpoint, 10 epochs.
 
-    The network, the size of the images and their normalisation are the checkpoint's. The data are
-    to be named: data.name=folder needs data.dir.
+    They learn at a tenth of the new head's rate. The network, the size of the images and their
+    normalisation are the checkpoint's; data.name=folder, which it starts from, needs data.dir.
     """
     return Config(
         name="finetune_all",
@@ -106,7 +106,7 @@ def finetune_all() -> Config:
 
 
 def finetune_head() -> Config:
-    """A new head on the frozen layers of init.checkpoint, 20 epochs.
+    """A new head on frozen layers, 20 epochs.
 
     What the frozen layers make of an image is computed once, so the epochs cost next to nothing.
     """
@@ -120,7 +120,7 @@ def finetune_head() -> Config:
 
 
 def finetune_last_block() -> Config:
-    """A new head, dense layers and last block; the blocks before are frozen, 10 epochs."""
+    """The last block and all above, 10 epochs."""
     base = finetune_all()
     return replace(
         base,
@@ -130,8 +130,9 @@ def finetune_last_block() -> Config:
 
 
 def finetune_gradual() -> Config:
-    """The head alone, from epoch 3 with the last block, from epoch 6 all layers, 10 epochs.
+    """Unfreezes from the head down, 10 epochs.
 
+    The head alone, from epoch 3 with the last block and the dense layers, from epoch 6 all layers.
     Gradual unfreezing after Howard and Ruder, "Universal Language Model Fine-tuning" (2018).
     """
     base = finetune_all()

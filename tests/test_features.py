@@ -53,6 +53,10 @@ def test_the_default_is_the_penultimate_layer(dataset: ImageDataset, found: feat
     fc1 = features.extract(MODEL, VARIABLES, dataset, "fc1", **UNIT)
     np.testing.assert_array_equal(found.arrays["train"], fc1.arrays["train"])
     assert found.arrays["train"].shape == (22, 8)
+    assert found.layer == "fc1"  # not the dropout after it, which says nothing in evaluation
+    shallow = models.VGG(n_classes=3, dense=(), blocks=((4,),))
+    variables = shallow.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    assert features.extract(shallow, variables, dataset, "", **UNIT).layer == "block1/pool"
 
 
 def test_an_unknown_layer_names_the_nearest(dataset: ImageDataset):
