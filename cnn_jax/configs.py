@@ -93,8 +93,8 @@ def vgg_dropout() -> Config:
 def finetune_all() -> Config:
     """All layers of init.checkpoint, 10 epochs.
 
-    They learn at a tenth of the new head's rate. The network, the size of the images and their normalisation are the checkpoint's. The data are
-    to be named: data.name=folder needs data.dir.
+    They learn at a tenth of the new head's rate. The network, the size of the images and their
+    normalisation are the checkpoint's; data.name=folder, which it starts from, needs data.dir.
     """
     return Config(
         name="finetune_all",
@@ -106,7 +106,7 @@ def finetune_all() -> Config:
 
 
 def finetune_head() -> Config:
-    """A new head on frozen layers, 20 epochs.
+    """A new head on frozen layers, 100 epochs.
 
     What the frozen layers make of an image is computed once, so the epochs cost next to nothing.
     """
@@ -115,7 +115,7 @@ def finetune_head() -> Config:
         base,
         name="finetune_head",
         optim=replace(base.optim, groups=(_NEW_HEAD, _FROZEN)),
-        train=replace(base.train, epochs=20, cache_frozen=True),
+        train=replace(base.train, epochs=100, cache_frozen=True),
     )
 
 

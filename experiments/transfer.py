@@ -1,0 +1,173 @@
+"""Does a pretrained trunk help where images are few? Five classes of CIFAR-10 teach the other five.
+
+python experiments/transfer.py
+
+A network learns airplane, automobile, bird, cat and deer from all their images; dog, frog, horse,
+ship and truck are then learnt from 20, 100 and 500 images a class: from scratch, by classical
+classifiers on the penultimate features, and by the four ways of fine-tuning. The seed chooses
+images, initial parameters and order alike. What is finished is not run again.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from cnn_jax import config, configs, data, features, loop, modes, runs, transfer
+from cnn_jax.config import AugmentConfig, Config, InitConfig, ModelConfig, TrainConfig
+from cnn_jax.run_log import RunLog
+
+OLD = ("airplane", "automobile", "bird", "cat", "deer")
+NEW = ("dog", "frog", "horse", "ship", "truck")
+SHOTS = (20, 100, 500)
+CLASSIFIERS = ("svm", "random_forest", "mlp")
+FINE_TUNING = ("finetune_head", "finetune_last_block", "finetune_all", "finetune_gradual")
+METHODS = ("scratch", *CLASSIFIERS, *FINE_TUNING)
+# Small sets need more epochs for as many steps; every method gets the same.
+EPOCHS = {20: 200, 100: 60, 500: 30}
+
+
+def pretraining(epochs: int) -> Config:
+    """Returns the config of the network that all others start from."""
+    base = configs.get("vgg3")
+    return replace(
+        base,
+        name="custom",
+        data=replace(base.data, classes=OLD),
+        augment=AugmentConfig(flip=True, translate=2),
+        model=ModelConfig(
+            name="vgg", blocks=((64, 64), (128, 128), (256, 256)), dense=(256,), dropout=0.5
+        ),
+        optim=replace(base.optim, learning_rate=0.02, schedule="cosine", weight_decay=5e-4),
+        train=TrainConfig(epochs=epochs, batch_size=128),
+    )
+
+
+def learning(method: str, shots: int, seed: int, source: Path, epochs: int) -> Config:
+    """Returns the config that learns the new classes; classifiers take that of `finetune_head`."""
+    tuned = configs.get(method if method in FINE_TUNING else "finetune_head")
+    base = transfer.adopt(tuned, InitConfig(checkpoint=str(source)))
+    base = replace(
+        base,
+        seed=seed,
+        data=replace(
+            base.data, name="cifar10", classes=NEW, images_per_class=shots, split_seed=seed
+        ),
+        init=replace(base.init, checkpoint=str(source)),
+        train=replace(base.train, epochs=epochs),
+    )
+    if method == "scratch":
+        base = replace(
+            base,
+            init=InitConfig(),
+            optim=replace(base.optim, groups=()),
+            train=replace(base.train, cache_frozen=False),
+        )
+    if base.optim.phases:  # at 30% and 60% of the run, as in its 10 epochs
+        starts = [epochs * epoch // 10 for epoch, _ in base.optim.phases]
+        phases = tuple((s, g) for s, (_, g) in zip(starts, base.optim.phases, strict=True))
+        base = replace(base, optim=replace(base.optim, phases=phases))
+    return base
+
+
+def quiet_log(workdir: Path) -> RunLog:
+    """Returns a log that writes its files and shows nothing."""
+    return RunLog(workdir, Console(quiet=True))
+
+
+def train(wanted: Config, workdir: Path) -> float:
+    """Trains unless that is done already, and returns the test accuracy."""
+    with runs.claim(workdir, wanted):
+        summary = runs.finished(workdir)
+        if summary is None:
+            trainer = loop.Trainer(wanted, data.load(wanted.data))
+            summary = runs.run(trainer, workdir, quiet_log)
+    return summary["test_accuracy"]
+
+
+def classify(wanted: Config, name: str, workdir: Path) -> float:
+    """Trains a classifier on the pretrained network's penultimate features."""
+    path = workdir / f"{name}.json"
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        dataset = data.load(wanted.data)
+        trainer = loop.Trainer(wanted, dataset)
+        state = trainer.start(quiet_log(workdir))
+        mean, std = wanted.data.mean, wanted.data.std
+        found = features.extract(
+            trainer.recipe.model, state.eval_variables, dataset, "", mean=mean, std=std
+        )
+        runs.write_json(path, features.classify(found, name, wanted.seed))
+    return json.loads(path.read_text())["test_accuracy"]
+
+
+def measure(folder: Path, source: Path, n_seeds: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yields the test accuracy of every method, number of images and seed."""
+    for shots in SHOTS:
+        for seed in range(n_seeds):
+            for method in METHODS:
+                wanted = learning(method, shots, seed, source, 10 if quick else EPOCHS[shots])
+                workdir = folder / f"{method}-{shots}-seed{seed}"
+                if method in CLASSIFIERS:
+                    accuracy = classify(wanted, method, folder / f"features-{shots}-seed{seed}")
+                else:
+                    accuracy = train(wanted, workdir)
+                print(f"{method}, {shots} a class, seed {seed}: {accuracy:.2%}", flush=True)
+                yield {"method": method, "shots": shots, "seed": seed, "test_accuracy": accuracy}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns mean and standard deviation over seeds in percent, as Markdown."""
+    lines = ["| method | " + " | ".join(f"{s} a class" for s in SHOTS) + " |"]
+    lines.append("|---|" + "---|" * len(SHOTS))
+    for method in METHODS:
+        cells = []
+        for shots in SHOTS:
+            found = [
+                100 * row["test_accuracy"]
+                for row in rows
+                if (row["method"], row["shots"]) == (method, shots)
+            ]
+            cells.append(f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing and writes transfer.json and transfer.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
+    parser.add_argument("--seeds", type=int, default=3, help="two or more")
+    parser.add_argument("--quick", action="store_true", help="few epochs, to try the script")
+    arguments = parser.parse_args()
+    wanted = pretraining(1 if arguments.quick else 20)
+    modes.set_up_jax(wanted)
+    source = arguments.runs / "pretrained"
+    accuracy = train(wanted, source)
+    print(f"pretrained on {', '.join(OLD)}: {accuracy:.2%}", flush=True)
+    rows = list(measure(arguments.runs, source, arguments.seeds, arguments.quick))
+    about = {
+        "pretrained_test_accuracy": accuracy,
+        "pretraining": config.to_dict(wanted),
+        "seeds": arguments.seeds,
+        "data": data.load(wanted.data).source,
+        "device": runs.device(),
+        "versions": runs.versions(),
+        "rows": rows,
+    }
+    results = arguments.runs if arguments.quick else Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    runs.write_json(results / "transfer.json", about)
+    text = f"Test accuracy in percent, mean ± standard deviation of {arguments.seeds} seeds.\n"
+    text += f"The pretrained network reaches {accuracy:.2%} on its own five classes.\n\n"
+    (results / "transfer.md").write_text(text + table(rows) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
