@@ -20,6 +20,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets a module's compiled programs.
+
+    Each holds several memory maps, of which Linux grants a process 65,530: without this the last
+    modules end in a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 def make_split(n: int, seed: int, size: int = 8) -> Split:
     """Returns noisy images in three colours, whose names are the classes."""
     rng = np.random.default_rng(seed)
