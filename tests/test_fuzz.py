@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cnn_jax import config, photos
-from cnn_jax.config import Config
+from cnn_jax import config, photos, weights
+from cnn_jax.config import Config, ModelConfig
 from cnn_jax.errors import UserError
 
 OVERRIDE_CASES = 3000
@@ -66,6 +67,20 @@ def image_bytes(kind: str, **values: Any) -> bytes:
     return file.getvalue()
 
 
+def weights_bytes(style: str) -> bytes:
+    """A VGG16 of one channel a layer, two hidden units and three classes."""
+    convolutions = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    shapes = {f"features.{i}": (1, 3 if i == 0 else 1, 3, 3) for i in convolutions}
+    if style == "timm":
+        shapes |= {"pre_logits.fc1": (2, 1, 7, 7), "pre_logits.fc2": (2, 2, 1, 1)}
+        shapes |= {"head.fc": (3, 2)}
+    else:
+        shapes |= {"classifier.0": (2, 49), "classifier.3": (2, 2), "classifier.6": (3, 2)}
+    arrays = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    arrays |= {f"{name}.bias": np.ones(shape[0], np.float32) for name, shape in shapes.items()}
+    return safetensors.numpy.save(arrays)
+
+
 @dataclass(frozen=True)
 class Reader:
     """A reader of files, whole examples of what it reads, and what must hold of its result."""
@@ -78,6 +93,14 @@ class Reader:
 
 def is_config(found: Any) -> bool:
     return isinstance(found, Config)
+
+
+def is_network(found: Any) -> bool:
+    network, params = found
+    return isinstance(network, ModelConfig) and set(params) == {
+        *(f"block{i}" for i in range(1, 6)),
+        *("fc1", "fc2", "head"),
+    }
 
 
 def is_image(found: Any) -> bool:
@@ -106,6 +129,12 @@ READERS = {
         config.load,
         (json.dumps(config.to_dict(Config()), indent=2).encode(),),
         is_config,
+        cases=3000,
+    ),
+    "weights": Reader(
+        lambda path: (weights.describe(path), weights.read(path)),
+        (weights_bytes("torchvision"), weights_bytes("timm")),
+        is_network,
         cases=3000,
     ),
 }
