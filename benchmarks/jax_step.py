@@ -71,7 +71,8 @@ def step_runner(config: Config) -> Runner:
     @partial(jax.jit, donate_argnums=0)
     def step(state, images, labels, index):
         batch = train.Batch(images[index], labels[index], jnp.ones(len(index)))
-        return train.train_step(recipe, state, batch, jax.random.fold_in(KEY, state.step))
+        key = jax.random.fold_in(KEY, state.step)
+        return train.train_step(recipe, state, batch, key, is_last=False)[:2]
 
     def run(n_steps: int) -> list[float]:
         nonlocal state

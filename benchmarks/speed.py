@@ -12,6 +12,7 @@ the same rounds. FLOPs are three times those of the forward pass. Before that, P
 project train from the same parameters on the same batches: their losses must agree.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -66,7 +67,8 @@ class Competitor:
     def stop(self) -> None:
         """Ends the process."""
         assert self._process.stdin
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # It has died, and said why on stderr.
+            self._process.stdin.close()
         self._process.wait()
 
 
