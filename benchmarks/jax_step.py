@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import digits
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ import numpy as np
 import optax
 from worker import serve
 
-from cnn_jax import configs, data, loop, train, trees
-from cnn_jax.config import Config, DataConfig
-from cnn_jax.data import ImageDataset, Split
+from cnn_jax import configs, loop, train, trees
+from cnn_jax.config import Config
+from cnn_jax.data import ImageDataset
 
 Runner = Callable[[int], list[float]]
 """Runs so many steps and returns their losses."""
@@ -33,19 +34,9 @@ KEY = jax.random.key(1)
 GEMM_SIZE = 2048
 
 
-def make_data() -> ImageDataset:
-    """Returns scikit-learn's digits, repeated to N_IMAGES.
-
-    Real images, because on noise two correct frameworks drift apart within a few steps.
-    """
-    digits = data.load(DataConfig(name="digits"))
-    images = np.resize(digits.train.images, (N_IMAGES, *digits.image_shape))
-    return replace(digits, train=Split(images, np.resize(digits.train.labels, N_IMAGES)))
-
-
 def segment_runner(config: Config, export: str | None) -> Runner:
     """Returns a function that runs steps of this project's compiled segment."""
-    dataset = make_data()
+    dataset = digits.repeated(N_IMAGES)
     trainer = loop.Trainer(config, dataset)
     state = trainer.init()
     if export:
@@ -62,7 +53,7 @@ def segment_runner(config: Config, export: str | None) -> Runner:
 
 def step_runner(config: Config) -> Runner:
     """Returns a function that calls this project's step in a Python loop, without a segment."""
-    dataset = make_data()
+    dataset = digits.repeated(N_IMAGES)
     recipe = train.make_recipe(config, 10, N_IMAGES // config.train.batch_size)
     state = train.init_state(recipe, jax.random.key(0), dataset.image_shape)
     images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
@@ -131,7 +122,7 @@ class Plain(nn.Module):
 
 def plain_runner(config: Config) -> Runner:
     """Returns a function that runs a Python loop of jitted steps, which donate their state."""
-    dataset = make_data()
+    dataset = digits.repeated(N_IMAGES)
     images, labels = dataset.train.images, dataset.train.labels
     model = Plain(config.model.blocks, config.model.dense, config.model.dropout)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}

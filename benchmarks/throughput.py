@@ -13,14 +13,13 @@ import time
 from dataclasses import replace
 from statistics import median
 
+import digits
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 
-from cnn_jax import configs, data, loop, models
-from cnn_jax.config import DataConfig
-from cnn_jax.data import ImageDataset, Split
+from cnn_jax import configs, loop, models
+from cnn_jax.data import ImageDataset
 
 _CONFIGS = flags.DEFINE_list(
     "configs", ["simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout"], "Configs to time."
@@ -30,13 +29,6 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps a segment.", lower_bound=1)
 _SEGMENTS = flags.DEFINE_integer("segments", 5, "Segments timed.", lower_bound=1)
 _PEAK = flags.DEFINE_float("peak_tflops", None, "Peak of all devices together, in TFLOP/s.")
-
-
-def make_data(n: int) -> ImageDataset:
-    """Returns n training images."""
-    digits = data.load(DataConfig(name="digits"))
-    images = np.resize(digits.train.images, (n, *digits.image_shape))
-    return replace(digits, train=Split(images, np.resize(digits.train.labels, n)))
 
 
 def matmul_rate(dtype: str, size: int) -> float:
@@ -79,7 +71,7 @@ def main(_: list[str]) -> None:
     print(f"{jax.device_count()} x {kind}, peak {peak / 1e12:.2f} TFLOP/s ({source})")
     print("| config | batch | dtype | images/s | TFLOP/s | share of peak |")
     print("|---|---|---|---|---|---|")
-    dataset = make_data(_BATCH_SIZE.value * _STEPS.value)
+    dataset = digits.repeated(_BATCH_SIZE.value * _STEPS.value)
     for name in _CONFIGS.value:
         seconds, flops = seconds_per_step(name, dataset)
         rate = 3 * flops * _BATCH_SIZE.value / seconds

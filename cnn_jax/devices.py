@@ -106,12 +106,9 @@ def agree(value: Any) -> Any:
     """Returns the main process' value, which JSON can hold, in every process."""
     if jax.process_count() == 1:
         return value
-    sent = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_main() else np.empty(0)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
-    buffer = np.zeros(length, np.uint8)
-    if is_main():
-        buffer[:] = sent
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+    text = np.frombuffer(json.dumps(value).encode() if is_main() else b"", np.uint8)
+    length = int(from_main(np.int32(len(text))))
+    return json.loads(from_main(text if is_main() else np.zeros(length, np.uint8)).tobytes())
 
 
 def on_main(function: Callable[[], Any]) -> Any:

@@ -60,7 +60,7 @@ def train(config: Config, workdir: Path) -> None:
             run = runs.run if config.train.seeds == 1 else runs.run_seeds
             summary = run(loop.Trainer(config, dataset), workdir, partial(_log, console))
             if dataset.test.files and summary.get("steps") and jax.process_count() == 1:
-                _print_evaluation(console, config, runs.load_trained(workdir, config), dataset)
+                _print_evaluation(console, runs.load_trained(workdir, config), dataset)
     if "runs" in summary:
         for one in summary["runs"]:
             console.print(f"seed {one['seed']}: {_result(one)}")
@@ -102,7 +102,7 @@ def evaluate(config: Config, workdir: Path, kind: str) -> None:
     trained = runs.load_trained(workdir, config, kind)
     dataset = _load_data(config, console)
     _check_classes(dataset, trained, workdir)
-    _print_evaluation(console, config, trained, dataset)
+    _print_evaluation(console, trained, dataset)
 
 
 def _check_classes(dataset: data.ImageDataset, trained: runs.TrainedModel, workdir: Path) -> None:
@@ -111,17 +111,11 @@ def _check_classes(dataset: data.ImageDataset, trained: runs.TrainedModel, workd
 
 
 def _print_evaluation(
-    console: Console, config: Config, trained: runs.TrainedModel, dataset: data.ImageDataset
+    console: Console, trained: runs.TrainedModel, dataset: data.ImageDataset
 ) -> None:
     """Prints accuracy, confusion and, of photos, the files that the network is most wrong about."""
-    logits = evaluation.logits(
-        trained.model,
-        trained.variables,
-        dataset.test.images,
-        mean=config.data.mean,
-        std=config.data.std,
-    )
-    result = evaluation.score(logits, dataset.test.labels, losses.from_config(config.train))
+    logits = trained.logits(dataset.test.images)
+    result = evaluation.score(logits, dataset.test.labels, losses.from_config(trained.config.train))
     console.print(
         f"step {trained.step}: test accuracy {result.accuracy:.2%}, test loss {result.loss:.4f}"
     )
@@ -174,8 +168,8 @@ def features(config: Config, workdir: Path, kind: str) -> None:
         trained = runs.load_trained(workdir, config, kind)
         _check_classes(dataset, trained, workdir)
         model, variables = trained.model, trained.variables
-        logits = evaluation.logits(model, variables, dataset.test.images, **settings)
-        own = float(np.mean(logits.argmax(axis=1) == dataset.test.labels))
+        predicted = trained.logits(dataset.test.images).argmax(axis=1)
+        own = float(np.mean(predicted == dataset.test.labels))
     found = extraction.extract(model, variables, dataset, config.features.layer, **settings)
     stem = workdir / "features" / found.layer.replace("/", ".")
     found.save(stem.with_name(stem.name + ".npz"))
@@ -309,9 +303,7 @@ def predict(config: Config, workdir: Path, kind: str, paths: list[str], as_json:
     runs.check_config(workdir, config)
     trained = runs.load_trained(workdir, config, kind)
     files, images = _read_images(paths, trained.image_shape[0])
-    logits = evaluation.logits(
-        trained.model, trained.variables, images, mean=config.data.mean, std=config.data.std
-    )
+    logits = trained.logits(images)
     predictions = [
         {
             "file": str(file),

@@ -13,8 +13,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float, UInt8
 
-from cnn_jax import checkpoint, config, devices, loop, models, trees
+from cnn_jax import checkpoint, config, devices, evaluate, loop, models, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, one_line
@@ -219,6 +221,13 @@ class TrainedModel:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     step: int
+
+    def logits(
+        self, images: UInt8[np.ndarray, "n height width 3"]
+    ) -> Float[np.ndarray, "n classes"]:
+        """Returns the float32 logits of images of `image_shape`, normalised as in training."""
+        seen = self.config.data
+        return evaluate.logits(self.model, self.variables, images, mean=seen.mean, std=seen.std)
 
 
 def load_trained(workdir: Path, run_config: Config, kind: str = "") -> TrainedModel:

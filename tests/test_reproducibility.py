@@ -15,12 +15,11 @@ import jax
 import pytest
 from processes import finish
 from test_main import SMALL, command, mistake
-from test_train import edit, quiet
+from test_train import edit, fit_until, quiet
 
 from cnn_jax import loop, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
-from cnn_jax.stop import Stopped
 
 STEPS = 2 * 7  # two epochs of 400 images in batches of 64
 RUN = (*SMALL, "--set=train.segment_steps=1", "--set=train.checkpoint_seconds=0")
@@ -106,20 +105,11 @@ def test_a_stop_after_any_step_changes_no_bit(
         return trees.sha256(loop.fit(trainer, workdir, quiet(workdir))[0])
 
     expected = fit(tmp_path / "whole")
-    run_segment = loop.Trainer.run_segment
     for last in range(1, trainer.total_steps):
-
-        def interrupted(self, state, n_steps, last=last):
-            state, history = run_segment(self, state, n_steps)
-            if int(state.step) == last:
-                os.kill(os.getpid(), signal.SIGINT)
-            return state, history
-
-        monkeypatch.setattr(loop.Trainer, "run_segment", interrupted)
-        with pytest.raises(Stopped, match=f"after step {last}"):
-            fit(tmp_path / str(last))
-        monkeypatch.setattr(loop.Trainer, "run_segment", run_segment)
-        assert fit(tmp_path / str(last)) == expected
+        cut = tmp_path / str(last)
+        cut.mkdir()
+        fit_until(last, trainer, cut, monkeypatch, signal.SIGINT)
+        assert fit(cut) == expected
 
 
 def test_a_progress_bar_changes_no_bit(whole: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 from test_train import edit, quiet
 
 from cnn_jax import config as configuration
-from cnn_jax import evaluate, loop, runs, trees
+from cnn_jax import loop, runs, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
@@ -102,13 +102,7 @@ def test_a_trained_model_gives_the_reported_result(
     assert trees.sha256(trained.variables["params"]) == summary["params_sha256"]
     assert trained.class_names == ("red", "green", "blue")
     assert trained.image_shape == (8, 8, 3)
-    logits = evaluate.logits(
-        trained.model,
-        trained.variables,
-        dataset.test.images,
-        mean=config.data.mean,
-        std=config.data.std,
-    )
+    logits = trained.logits(dataset.test.images)
     accuracy = float(np.mean(logits.argmax(axis=1) == dataset.test.labels))
     assert accuracy == summary["test_accuracy"]
 

@@ -45,6 +45,23 @@ def run(trainer: loop.Trainer, steps: int) -> tuple[train.TrainState, np.ndarray
     return state, np.array(seen)
 
 
+def fit_until(
+    step: int, trainer: loop.Trainer, workdir: Path, monkeypatch, signum: int = signal.SIGTERM
+) -> None:
+    """Trains until a signal comes in the segment that ends with `step`, and stops there."""
+    run_segment = loop.Trainer.run_segment
+
+    def interrupted(self, state, n_steps):
+        state, history = run_segment(self, state, n_steps)
+        if int(state.step) == step:
+            os.kill(os.getpid(), signum)
+        return state, history
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"after step {step}"):
+        patch.setattr(loop.Trainer, "run_segment", interrupted)
+        loop.fit(trainer, workdir, quiet(workdir))
+
+
 def no_dropout(config: Config) -> Config:
     return edit(config, model={"dropout": 0.0})
 
@@ -224,18 +241,7 @@ def test_a_signal_saves_and_a_rerun_ends_bitwise_equal(
     cut.mkdir()
     expected, _ = loop.fit(loop.Trainer(config, dataset), whole, quiet(whole))
 
-    run_segment = loop.Trainer.run_segment
-
-    def interrupted(self, state, n_steps):
-        state, history = run_segment(self, state, n_steps)
-        if int(state.step) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return state, history
-
-    monkeypatch.setattr(loop.Trainer, "run_segment", interrupted)
-    with pytest.raises(Stopped, match="after step 5"):
-        loop.fit(loop.Trainer(config, dataset), cut, quiet(cut))
-    monkeypatch.undo()
+    fit_until(5, loop.Trainer(config, dataset), cut, monkeypatch)
     state, _ = loop.fit(loop.Trainer(config, dataset), cut, quiet(cut))
     assert trees.sha256(state) == trees.sha256(expected)
 

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from test_runs import finish
-from test_train import edit, quiet, run
+from test_train import edit, fit_until, quiet, run
 
 from cnn_jax import checkpoint, configs, loop, models, optim, transfer, trees
 from cnn_jax import config as configuration
@@ -20,7 +18,6 @@ from cnn_jax.config import Config, InitConfig
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog
-from cnn_jax.stop import Stopped
 
 HEAD, FROZEN = ("head/.*", 1.0), (".*", None)
 PHASES = ((0, (HEAD, FROZEN)), (1, (("(head|fc1)/.*", 0.5), FROZEN)), (2, ((".*", 0.1),)))
@@ -208,18 +205,7 @@ def test_phases_resume_bitwise(
     whole.mkdir()
     cut.mkdir()
     expected, _ = loop.fit(loop.Trainer(config, dataset), whole, quiet(whole))
-    run_segment = loop.Trainer.run_segment
-
-    def interrupted(self, state, n_steps):
-        state, history = run_segment(self, state, n_steps)
-        if int(state.step) == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return state, history
-
-    monkeypatch.setattr(loop.Trainer, "run_segment", interrupted)
-    with pytest.raises(Stopped, match=f"after step {stop_at}"):
-        loop.fit(loop.Trainer(config, dataset), cut, quiet(cut))
-    monkeypatch.undo()
+    fit_until(stop_at, loop.Trainer(config, dataset), cut, monkeypatch)
     state, _ = loop.fit(loop.Trainer(config, dataset), cut, quiet(cut))
     assert trees.sha256(state) == trees.sha256(expected)
 
