@@ -122,7 +122,9 @@ class Checkpoints:
             raise UserError(f"{self.folder / str(step)} can't be saved: {_reason(error)}") from None
 
     def read(self, step: int, wanted: Callable[[str], bool]) -> Loaded:
-        """Returns the arrays saved at `step` whose dotted names are `wanted`, hashes compared.
+        """Returns the arrays saved at `step` whose dotted names are `wanted`.
+
+        The hashes of all are compared: of a checkpoint that is damaged anywhere nothing is used.
 
         Raises:
             CheckpointError: unreadable, incomplete, or changed on disk.
@@ -131,7 +133,7 @@ class Checkpoints:
         try:
             meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
             digest = meta.pop("sha256")
-            described = {n: d for n, d in meta["arrays"].items() if wanted(n)}
+            described = meta["arrays"]
             if digest != _json_sha256(meta):
                 raise ValueError("the content hash of its record differs")
             arrays = self._read_arrays(step, described)
@@ -140,7 +142,7 @@ class Checkpoints:
                     raise ValueError(f"the content hash of {name} differs")
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
             raise CheckpointError(f"{where} is damaged: {_reason(error)}") from None
-        return Loaded(step, arrays, meta["record"])
+        return Loaded(step, {n: a for n, a in arrays.items() if wanted(n)}, meta["record"])
 
     def _read_arrays(self, step: int, described: dict[str, Any]) -> dict[str, Any]:
         # Orbax fits arrays to whatever target it is given, so the target is what was saved; and as
@@ -149,7 +151,7 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(d["shape"], d["dtype"]) for name, d in described.items()
         }
         as_numpy = dict.fromkeys(targets, ocp.RestoreArgs(restore_type=np.ndarray))
-        args = ocp.args.PyTreeRestore(item=targets, restore_args=as_numpy, partial_restore=True)
+        args = ocp.args.PyTreeRestore(item=targets, restore_args=as_numpy)
         return self._restore(step, state=args)["state"]
 
     def _restore(self, step: int, **items: Any) -> Any:

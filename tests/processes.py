@@ -77,7 +77,8 @@ def finish(*arguments: str, cwd: Path) -> Command:
 def refuse(*arguments: str, cwd: Path) -> str:
     """Runs a command that must end with exit code 2 and one line, and returns that line."""
     command = start(*arguments, cwd=cwd)
-    assert command.end() == 2, command.stderr
+    code = command.end()
+    assert code == 2, (code, command.stderr, command.stdout[-300:])
     assert command.stderr.count("\n") == 1, command.stderr
     assert command.stderr.startswith("error: ")
     return command.stderr.removeprefix("error: ").rstrip()

@@ -183,3 +183,16 @@ def test_no_checkpoint_is_none_in_training_and_an_error_outside(workdir: Path):
         assert store.restore_newest(lambda _: STATE, never) is None
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.load(workdir, "latest", everything)
+
+
+def test_damage_outside_what_is_asked_for_counts_too(workdir: Path, monkeypatch):
+    """Evaluation asks for the parameters alone, and must not use a checkpoint that is damaged."""
+    save(workdir, 7)
+    read_arrays = Checkpoints._read_arrays
+
+    def damaged(self: Checkpoints, *arguments) -> dict:
+        return {**read_arrays(self, *arguments), "half": np.zeros(2, jnp.bfloat16)}
+
+    monkeypatch.setattr(Checkpoints, "_read_arrays", damaged)
+    with pytest.raises(UserError, match="the content hash of half differs"):
+        checkpoint.load(workdir, "latest", lambda name: name.startswith("params."))

@@ -47,8 +47,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leftovers(workdir: Path) -> list[Path]:
-    """Returns what a save that was cut short has left behind."""
-    return [path for path in workdir.glob("**/*tmp*") if path.parent.name != "tensorboard"]
+    """Returns what a save that was cut short has left behind.
+
+    Unlike Path.glob, os.walk takes it that a folder vanishes while a running save is watched.
+    """
+    return sorted(
+        Path(folder, name)
+        for folder, folders, files in os.walk(workdir)
+        for name in (*folders, *files)
+        if "tmp" in name and Path(folder).name != "tensorboard"
+    )
 
 
 def saving(workdir: Path) -> bool:
