@@ -5,7 +5,8 @@ python experiments/transfer.py
 A network learns airplane, automobile, bird, cat and deer from all their images; dog, frog, horse,
 ship and truck are then learnt from 20, 100 and 500 images a class: from scratch, by classical
 classifiers on the penultimate features, and by the four ways of fine-tuning. The seed chooses
-images, initial parameters and order alike. What is finished is not run again.
+images, initial parameters and order alike. The learning rate of every way of training is chosen
+before, at 100 images a class, on images set aside for that. What is finished is not run again.
 """
 
 import argparse
@@ -27,9 +28,13 @@ NEW = ("dog", "frog", "horse", "ship", "truck")
 SHOTS = (20, 100, 500)
 CLASSIFIERS = ("svm", "random_forest", "mlp")
 FINE_TUNING = ("finetune_head", "finetune_last_block", "finetune_all", "finetune_gradual")
+TRAINED = ("scratch", *FINE_TUNING)
 METHODS = ("scratch", *CLASSIFIERS, *FINE_TUNING)
 # Small sets need more epochs for as many steps; every method gets the same.
-EPOCHS = {20: 200, 100: 60, 500: 30}
+EPOCHS = {20: 100, 100: 50, 500: 20}
+RATES = (0.003, 0.01, 0.03, 0.1)
+# Chooses the images that learning rates are tried on; the seeds of the results are smaller.
+TUNING_SEED = 1000
 
 
 def pretraining(epochs: int) -> Config:
@@ -41,14 +46,16 @@ def pretraining(epochs: int) -> Config:
         data=replace(base.data, classes=OLD),
         augment=AugmentConfig(flip=True, translate=2),
         model=ModelConfig(
-            name="vgg", blocks=((64, 64), (128, 128), (256, 256)), dense=(256,), dropout=0.5
+            name="vgg", blocks=((32, 32), (64, 64), (128, 128)), dense=(256,), dropout=0.5
         ),
         optim=replace(base.optim, learning_rate=0.02, schedule="cosine", weight_decay=5e-4),
         train=TrainConfig(epochs=epochs, batch_size=128),
     )
 
 
-def learning(method: str, shots: int, seed: int, source: Path, epochs: int) -> Config:
+def learning(
+    method: str, shots: int, seed: int, source: Path, epochs: int, rate: float | None = None
+) -> Config:
     """Returns the config that learns the new classes; classifiers take that of `finetune_head`."""
     tuned = configs.get(method if method in FINE_TUNING else "finetune_head")
     base = transfer.adopt(tuned, InitConfig(checkpoint=str(source)))
@@ -59,6 +66,7 @@ def learning(method: str, shots: int, seed: int, source: Path, epochs: int) -> C
             base.data, name="cifar10", classes=NEW, images_per_class=shots, split_seed=seed
         ),
         init=replace(base.init, checkpoint=str(source)),
+        optim=replace(base.optim, learning_rate=rate or base.optim.learning_rate),
         train=replace(base.train, epochs=epochs),
     )
     if method == "scratch":
@@ -90,6 +98,25 @@ def train(wanted: Config, workdir: Path) -> float:
     return summary["test_accuracy"]
 
 
+def best_rate(method: str, source: Path, epochs: int, folder: Path) -> tuple[float, dict[str, Any]]:
+    """Returns the learning rate with the best validation accuracy, and the accuracies of all."""
+    accuracies = {}
+    for rate in RATES:
+        wanted = learning(method, 100, TUNING_SEED, source, epochs, rate)
+        wanted = replace(wanted, data=replace(wanted.data, validation=0.05))
+        workdir = folder / f"{method}-{rate:g}"
+        path = workdir / "validation.json"
+        if not path.exists():
+            with runs.claim(workdir, wanted):
+                dataset = data.load(wanted.data)
+                trainer = loop.Trainer(wanted, dataset)
+                state, _ = loop.fit(trainer, workdir, quiet_log(workdir))
+                runs.write_json(path, trainer.evaluate(state, dataset.validation).accuracy)
+        accuracies[f"{rate:g}"] = json.loads(path.read_text())
+        print(f"{method}, rate {rate:g}: validation {accuracies[f'{rate:g}']:.2%}", flush=True)
+    return max(RATES, key=lambda rate: accuracies[f"{rate:g}"]), accuracies
+
+
 def classify(wanted: Config, name: str, workdir: Path) -> float:
     """Trains a classifier on the pretrained network's penultimate features."""
     path = workdir / f"{name}.json"
@@ -106,12 +133,14 @@ def classify(wanted: Config, name: str, workdir: Path) -> float:
     return json.loads(path.read_text())["test_accuracy"]
 
 
-def measure(folder: Path, source: Path, n_seeds: int, quick: bool) -> Iterator[dict[str, Any]]:
+def measure(
+    folder: Path, source: Path, n_seeds: int, epochs: dict[int, int], rates: dict[str, float]
+) -> Iterator[dict[str, Any]]:
     """Yields the test accuracy of every method, number of images and seed."""
     for shots in SHOTS:
         for seed in range(n_seeds):
             for method in METHODS:
-                wanted = learning(method, shots, seed, source, 10 if quick else EPOCHS[shots])
+                wanted = learning(method, shots, seed, source, epochs[shots], rates.get(method))
                 workdir = folder / f"{method}-{shots}-seed{seed}"
                 if method in CLASSIFIERS:
                     accuracy = classify(wanted, method, folder / f"features-{shots}-seed{seed}")
@@ -145,15 +174,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--quick", action="store_true", help="few epochs, to try the script")
     arguments = parser.parse_args()
-    wanted = pretraining(1 if arguments.quick else 20)
+    wanted = pretraining(1 if arguments.quick else 30)
+    epochs = dict.fromkeys(SHOTS, 10) if arguments.quick else EPOCHS
     modes.set_up_jax(wanted)
     source = arguments.runs / "pretrained"
     accuracy = train(wanted, source)
     print(f"pretrained on {', '.join(OLD)}: {accuracy:.2%}", flush=True)
-    rows = list(measure(arguments.runs, source, arguments.seeds, arguments.quick))
+    tuned = {
+        method: best_rate(method, source, epochs[100], arguments.runs / "tuning")
+        for method in TRAINED
+    }
+    rates = {method: rate for method, (rate, _) in tuned.items()}
+    rows = list(measure(arguments.runs, source, arguments.seeds, epochs, rates))
     about = {
         "pretrained_test_accuracy": accuracy,
         "pretraining": config.to_dict(wanted),
+        "learning_rates": rates,
+        "validation_accuracies": {method: found for method, (_, found) in tuned.items()},
+        "epochs": epochs,
         "seeds": arguments.seeds,
         "data": data.load(wanted.data).source,
         "device": runs.device(),
