@@ -118,7 +118,7 @@ class Trainer:
         if self.config.train.cache_frozen:
             self._cache_frozen(state)
         inputs = *self._examples, self._train_key, devices.replicate(np.int32(0))
-        self._segment = train.train_segment.lower(self.recipe, state, *inputs).compile()
+        self.compiled = train.train_segment.lower(self.recipe, state, *inputs).compile()
         devices.trim_heap()
 
     def _cache_frozen(self, state: TrainState) -> None:
@@ -145,7 +145,7 @@ class Trainer:
         The state that is passed in is donated, so it must not be used again.
         """
         steps = devices.replicate(np.int32(n_steps))
-        state, history = self._segment(state, *self._examples, self._train_key, steps)
+        state, history = self.compiled(state, *self._examples, self._train_key, steps)
         return state, jax.tree.map(lambda x: np.asarray(x)[:n_steps], history)
 
     def evaluate(self, state: TrainState, split: Split) -> evaluate.Evaluation:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from cnn_jax import config, configs, data, features, loop, modes, runs, transfer
 from cnn_jax.config import AugmentConfig, Config, InitConfig, ModelConfig, TrainConfig
+from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog
 
 OLD = ("airplane", "automobile", "bird", "cat", "deer")
@@ -32,7 +33,7 @@ TRAINED = ("scratch", *FINE_TUNING)
 METHODS = ("scratch", *CLASSIFIERS, *FINE_TUNING)
 # Small sets need more epochs for as many steps; every method gets the same.
 EPOCHS = {20: 100, 100: 50, 500: 20}
-RATES = (0.003, 0.01, 0.03, 0.1)
+RATES = (0.01, 0.03, 0.1, 0.3)
 # Chooses the images that learning rates are tried on; the seeds of the results are smaller.
 TUNING_SEED = 1000
 
@@ -98,8 +99,23 @@ def train(wanted: Config, workdir: Path) -> float:
     return summary["test_accuracy"]
 
 
+def validate(wanted: Config, workdir: Path) -> float:
+    """Trains, and returns the validation accuracy of the last epoch."""
+    dataset = data.load(wanted.data)
+    trainer = loop.Trainer(wanted, replace(dataset, validation=None))  # not after every epoch
+    try:
+        state, _ = loop.fit(trainer, workdir, quiet_log(workdir))
+    except UserError as error:
+        print(error)
+        return 0.0
+    return trainer.evaluate(state, dataset.validation).accuracy
+
+
 def best_rate(method: str, source: Path, epochs: int, folder: Path) -> tuple[float, dict[str, Any]]:
-    """Returns the learning rate with the best validation accuracy, and the accuracies of all."""
+    """Returns the learning rate with the best validation accuracy, and the accuracies of all.
+
+    A rate at which training does not stay finite counts as 0.
+    """
     accuracies = {}
     for rate in RATES:
         wanted = learning(method, 100, TUNING_SEED, source, epochs, rate)
@@ -108,10 +124,7 @@ def best_rate(method: str, source: Path, epochs: int, folder: Path) -> tuple[flo
         path = workdir / "validation.json"
         if not path.exists():
             with runs.claim(workdir, wanted):
-                dataset = data.load(wanted.data)
-                trainer = loop.Trainer(wanted, dataset)
-                state, _ = loop.fit(trainer, workdir, quiet_log(workdir))
-                runs.write_json(path, trainer.evaluate(state, dataset.validation).accuracy)
+                runs.write_json(path, validate(wanted, workdir))
         accuracies[f"{rate:g}"] = json.loads(path.read_text())
         print(f"{method}, rate {rate:g}: validation {accuracies[f'{rate:g}']:.2%}", flush=True)
     return max(RATES, key=lambda rate: accuracies[f"{rate:g}"]), accuracies
