@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from cnn_jax.errors import printable
 from cnn_jax.models import LayerSummary
@@ -24,7 +26,7 @@ Array1 = Float[np.ndarray, "n"]
 
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow that is pale on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
 
 CHAPTER_IMAGE = np.array(
@@ -35,8 +37,9 @@ CHAPTER_KERNEL = np.eye(3, dtype=int)
 """The chapter's 3x3 diagonal kernel."""
 
 _WIDTH, _DPI = 6.0, 160  # Inches, of 72 points, and so 960 pixels.
-_SMALL = 8  # Points; other text is matplotlib's 10.
+_TITLE, _SMALL = 10, 8  # Points; other text is matplotlib's 10, or 9 where it is much.
 _FILTERS, _MAPS, _CLASSES = 64, 8, 20  # Drawn of a layer's filters, its maps, and a set's classes.
+_ENLARGED = 6  # Pixels of a weight in the picture of a filter.
 _NUMBERED = 20  # Up to so many classes the cells of a confusion matrix hold numbers.
 
 
@@ -66,9 +69,10 @@ def worked_convolution(
         ax.set_yticks(np.arange(array.shape[0] + 1) - 0.5, labels=[])
         ax.grid(color="0.6")
         ax.tick_params(length=0)
-        ax.set_title(f"{name}, {array.shape[0]}x{array.shape[1]}")
+        ax.set_title(f"{name}, {array.shape[0]}x{array.shape[1]}", fontsize=_TITLE)
     for ax, (rows, columns) in ((axes[0], kernel.shape), (axes[2], (1, 1))):
         frame = Rectangle((-0.5, -0.5), columns, rows, fill=False, edgecolor=COLORS[1], linewidth=3)
+        frame.set_zorder(4)  # Above the grid.
         ax.add_patch(frame)
     window = image[: kernel.shape[0], : kernel.shape[1]]
     pairs = zip(window.ravel(), kernel.ravel(), strict=True)
@@ -88,12 +92,13 @@ def valid_convolution(
 def filters(kernel: Float[np.ndarray, "height width in out"], layer: str) -> Figure:
     """Draws a convolution's filters: in colour if they see an image, else their strongest channel.
 
-    Of the filters the first 64 are drawn. In colour, grey is 0 and each filter has its own range.
+    Of the filters the first 64 are drawn. In colour, gray is 0 and each filter has its own range.
     """
     height, width, n_in, n_out = kernel.shape
     shown = np.moveaxis(kernel, -1, 0)[:_FILTERS]
     count = f"{n_out} filters" if n_out <= _FILTERS else f"the first {_FILTERS} of {n_out} filters"
     title = f"{layer}: {count} of {height}x{width}x{n_in}"
+    shown = shown.repeat(_ENLARGED, axis=1).repeat(_ENLARGED, axis=2)  # So that gaps are thin.
     columns = math.ceil(math.sqrt(2 * len(shown)))
     rows = math.ceil(len(shown) / columns)
     figure = _figure(0.8 + 5.4 * rows / columns)
@@ -101,7 +106,7 @@ def filters(kernel: Float[np.ndarray, "height width in out"], layer: str) -> Fig
     if n_in == 3:
         largest = np.abs(shown).max(axis=(1, 2, 3), keepdims=True)
         ax.imshow(_tiles(0.5 + shown / (2 * np.where(largest, largest, 1)), columns, 1.0))
-        ax.set_title(f"{title}, red-green-blue, grey is 0")
+        ax.set_title(f"{title}, red-green-blue, gray is 0", fontsize=_TITLE)
     else:
         strongest = np.square(shown).sum(axis=(1, 2)).argmax(axis=1)
         planes = shown[np.arange(len(shown)), :, :, strongest]
@@ -110,7 +115,8 @@ def filters(kernel: Float[np.ndarray, "height width in out"], layer: str) -> Fig
         tiles = _tiles(planes, columns, np.nan)
         drawn = ax.imshow(tiles, cmap=colormap, vmin=-limit, vmax=limit)
         figure.colorbar(drawn, ax=ax, label="weight", shrink=0.8)
-        ax.set_title(f"{title};\nof each the input channel with the largest weights")
+        title += ";\nof each the input channel with the largest weights"
+        ax.set_title(title, fontsize=_TITLE)
     ax.set_axis_off()
     return figure
 
@@ -162,7 +168,7 @@ def architecture(
     for x, text, side in headings:
         ax.text(x, -0.95, text, ha=side, va="center", fontsize=9, weight="bold")
     ax.set(xlim=(0, 1), ylim=(len(boxes) - 0.5, -1.4))
-    ax.set_title(f"{_plain(name, 40)}: {total:,} parameters")
+    ax.set_title(f"{_plain(name, 40)}: {total:,} parameters", fontsize=_TITLE)
     ax.set_axis_off()
     return figure
 
@@ -181,7 +187,7 @@ def samples(
         of_class = images[labels == row][:per_class]
         grid[row, : len(of_class)] = of_class
     tiles = _tiles(grid.reshape(-1, height, width, 3), per_class, 255)
-    figure = _figure(0.3 + 4.8 * tiles.shape[0] / tiles.shape[1])
+    figure = _figure(0.3 + 5.4 * tiles.shape[0] / tiles.shape[1])
     ax = figure.subplots()
     ax.imshow(tiles)
     ax.set_xticks([])
@@ -214,7 +220,7 @@ def learning_curves(
     parts = list(dict.fromkeys(part for history in histories.values() for part in history))
     single = len(histories) == 1
     figure = _figure(3.2)
-    axes = figure.subplots(1, 2)
+    axes = figure.subplots(1, 2, sharex=True)
     if len(steps[0]):
         axes[1].plot(*steps, color="0.75", linewidth=1, label="single steps", zorder=0)
     for i, (run, history) in enumerate(histories.items()):
@@ -242,7 +248,7 @@ def confusion(counts: Int[np.ndarray, "classes classes"], class_names: Sequence[
     """
     few = len(class_names) <= _NUMBERED
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure = _figure(5.4)
+    figure = _figure(5.0)
     ax = figure.subplots()
     drawn = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=ax, label="share of the class", shrink=0.8)
@@ -267,20 +273,20 @@ def mistakes(
     class_names: Sequence[str],
 ) -> Figure:
     """Draws images that are taken for another class, with both classes and the probability."""
-    columns = min(5, max(len(images), 3))
+    columns = 5
     rows = math.ceil(len(images) / columns)
-    figure = _figure((0.62 + _WIDTH / columns) * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes:
-        ax.set_axis_off()
-    for ax, image, label, row in zip(axes, images, labels, probabilities, strict=False):
-        ax.imshow(image)
+    caption = 0.45  # Of an image's side.
+    figure = _figure(rows * (1 + caption) * _WIDTH / columns)
+    ax = figure.subplots()  # One for all, as each of matplotlib's axes takes a while to draw.
+    for i, (image, label, row) in enumerate(zip(images, labels, probabilities, strict=True)):
+        x, bottom = i % columns, (i // columns + 1) * (1 + caption)
+        ax.imshow(image, extent=(x + 0.03, x + 0.97, bottom - 0.03, bottom - 0.97))
         taken = int(row.argmax())
-        ax.set_title(
-            f"{_plain(class_names[label], 14)}\nnot {_plain(class_names[taken], 12)}\n"
-            f"{row[taken]:.1%}",
-            fontsize=9,
-        )
+        words = f"{_plain(class_names[int(label)], 14)}\ntaken for\n"
+        words += f"{_plain(class_names[taken], 11)} {row[taken]:.0%}"
+        ax.text(x + 0.5, bottom - 0.99, words, ha="center", va="bottom", fontsize=9)
+    ax.set(xlim=(0, columns), ylim=(rows * (1 + caption), 0))
+    ax.set_axis_off()
     return figure
 
 
@@ -318,28 +324,27 @@ def heat_maps(
     """Draws images beside what their class rests on: see `saliency` for the two kinds of maps."""
     figure = _figure(0.7 + 1.75 * len(images))
     axes = figure.subplots(len(images), 3, squeeze=False)
-    limit = max(float(np.abs(occlusion).max()), 0.01)
+    limit = float(np.abs(occlusion).max()) or 1.0
     height, width = images.shape[1:3]
     whole = (-0.5, width - 0.5, height - 0.5, -0.5)
-    hidden = seen = None
+    overlays: list[Any] = []
     for row, image, name, drops, cam in zip(axes, images, names, occlusion, grad_cam, strict=True):
         for ax in row:
             ax.imshow(image)
             ax.set_xticks([])
             ax.set_yticks([])
         row[0].set_ylabel(_plain(name, 24), fontsize=9)
-        hidden = row[1].imshow(
-            drops, cmap="PuOr_r", vmin=-limit, vmax=limit, alpha=0.8, extent=whole
-        )
-        shares = cam / (cam.max() or 1.0)
-        smooth = {"interpolation": "bilinear", "extent": whole}
-        seen = row[2].imshow(shares, cmap="viridis", vmin=0, vmax=1, alpha=0.6, **smooth)
-    below = {"orientation": "horizontal", "shrink": 0.9, "aspect": 14}
-    for column, (drawn, label) in enumerate(
-        ((hidden, "probability lost where hidden"), (seen, "Grad-CAM, share of the largest")), 1
-    ):
+        shown = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "alpha": 0.8}
+        hidden = row[1].imshow(drops, extent=whole, **shown)
+        shown = {"cmap": "viridis", "vmin": 0, "vmax": 1, "alpha": 0.6, "interpolation": "bilinear"}
+        seen = row[2].imshow(cam / (cam.max() or 1.0), extent=whole, **shown)
+        overlays = [hidden, seen]
+    labels = ("logit lost where hidden", "Grad-CAM, of the largest")
+    for drawn, label, column in zip(overlays, labels, (1, 2), strict=True):
+        below = {"orientation": "horizontal", "shrink": 0.9, "aspect": 14}
         bar = figure.colorbar(drawn, ax=axes[:, column], **below)
         bar.set_label(label, fontsize=9)
+        bar.locator = MaxNLocator(2)
     return figure
 
 
@@ -364,7 +369,7 @@ def bars(names: Sequence[str], means: Array1, stds: Array1, xlabel: str) -> Figu
     ax = figure.subplots()
     places = np.arange(len(names))
     ax.barh(places, means, xerr=stds, color=COLORS[5], edgecolor=COLORS[0], capsize=4, height=0.7)
-    for place, mean, std in zip(places, means, stds, strict=True):
+    for place, mean, std in zip(places.tolist(), means, stds, strict=True):
         text = f" {mean:.4g} ± {std:.2g}"
         ax.text(mean + std, place, text, va="center", fontsize=9)
     ax.set_yticks(places, labels=[_plain(name, 28) for name in names])
@@ -396,7 +401,7 @@ def lines(
     ax.set_xticks(x, labels=[f"{value:g}" for value in x])
     ax.set_xticks([], minor=True)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=9, ncols=1 if len(methods) < 4 else 2)
+    figure.legend(loc="outside upper center", fontsize=9, ncols=2 if len(methods) > 3 else 3)
     return figure
 
 
@@ -419,7 +424,10 @@ def _write_numbers(
     size: int,
     dark: Shaped[np.ndarray, "rows columns"] | None = None,
 ) -> None:
+    """Writes the numbers into the cells of an image; where some cells are dark, zeros are not."""
     for (row, column), value in np.ndenumerate(array):
+        if dark is not None and not value:
+            continue
         color = "white" if dark is not None and dark[row, column] else "black"
         ax.text(column, row, str(value), ha="center", va="center", fontsize=size, color=color)
 

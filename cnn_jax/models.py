@@ -200,7 +200,7 @@ def _is_layer(context: Any) -> bool:
 def layer_inputs(model: nn.Module, variables: Any, images: Array) -> dict[str, Array]:
     """Returns what each layer is given in evaluation, past the activation function before it.
 
-    By the layers' names, in the order they run.
+    By the layers' names; where it is compiled, JAX sorts them.
     """
     given: dict[str, Array] = {}
 

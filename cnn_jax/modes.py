@@ -23,6 +23,7 @@ from cnn_jax import (
     models,
     optim,
     photos,
+    rate_finder,
     report,
     runs,
     trees,
@@ -257,6 +258,22 @@ def figures(config: Config, workdir: Path, kind: str) -> None:
         if kind in ("", config.train.reported_kind):
             report.write(workdir, ended)
             console.print(printable(str(workdir / "report.html")))
+
+
+def find_rate(config: Config, workdir: Path) -> None:
+    """Trains a few steps with a rising learning rate, draws the losses, and suggests a rate."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    with runs.claim(workdir, config):
+        dataset = _load_data(config, console)
+        trainer = loop.Trainer(config, dataset)
+        n_steps = min(trainer.steps_per_epoch, rate_finder.STEPS)
+        recipe = rate_finder.make_recipe(config, len(dataset.class_names), n_steps)
+        state = trainer.start(RunLog(workdir, console))
+        images, labels = dataset.train.images, dataset.train.labels
+        key = jax.random.key(config.seed)
+        found = rate_finder.find(recipe, state, images, labels, key, n_steps)
+        path = report.write_rates(workdir, found)
+    console.print(f"optim.learning_rate={found.suggested:.2g} is suggested; see {path}")
 
 
 def verify(config: Config, workdir: Path) -> bool:

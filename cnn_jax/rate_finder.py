@@ -18,6 +18,8 @@ from cnn_jax.config import Config
 from cnn_jax.train import Batch, Recipe, TrainState
 
 LOWEST, HIGHEST = 1e-5, 10.0
+STEPS = 100
+"""Enough for a smooth curve; sets of fewer batches are passed through once."""
 _SMOOTHING = 0.9  # Of the running mean of the losses.
 _DIVERGED = 4.0  # Times the least of the smoothed losses.
 
@@ -94,13 +96,15 @@ def sweep(
 def find(
     recipe: Recipe,
     state: TrainState,
-    images: UInt8[Array, "n height width channels"],
-    labels: Int[Array, "n"],
+    images: UInt8[np.ndarray, "n height width channels"],
+    labels: Int[np.ndarray, "n"],
     key: Key[Array, ""],
     n_steps: int,
 ) -> Found:
     """Runs `sweep` with a recipe of `make_recipe`, and returns the steps before divergence."""
-    n_run, losses, smoothed = jax.device_get(sweep(recipe, state, images, labels, key, n_steps))
+    n_run, losses, smoothed = jax.device_get(
+        sweep(recipe, state, jnp.array(images), jnp.array(labels), key, n_steps)
+    )
     finite = np.isfinite(losses[:n_run]) & np.isfinite(smoothed[:n_run])
     kept = slice(int(finite.sum()))
     rates = np.asarray(rising(np.arange(n_steps), n_steps))[kept]

@@ -8,6 +8,7 @@ import base64
 import html
 import itertools
 import json
+import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from cnn_jax import augment, config, configs, evaluate, models, saliency, trees
+from cnn_jax import augment, config, configs, evaluate, models, rate_finder, saliency, trees
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, one_line, printable
 
@@ -94,6 +95,20 @@ def write_pictures(workdir: Path, run: Run) -> Iterator[str]:
         yield str(path)
 
 
+def write_rates(workdir: Path, found: rate_finder.Found) -> Path:
+    """Draws what the learning-rate finder has found, and returns where.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
+    from cnn_jax import figures
+
+    figure = figures.learning_rates(found.rates, found.losses, found.smoothed, found.suggested)
+    path = workdir / "figures" / "learning_rates.png"
+    _write(path, figures.png(figure))
+    return path
+
+
 def _write(path: Path, content: bytes) -> None:
     temporary = path.with_suffix(".tmp")
     try:
@@ -138,7 +153,7 @@ def _all_pictures(run: Run) -> Iterator[tuple[str, "Figure"]]:
     train, test = run.dataset.train, run.dataset.test
     yield "samples", figures.samples(train.images, train.labels, names)
     image = test.images[_explained(run)[:1]]
-    yield "feature_maps", figures.feature_maps(image[0], _outputs(run, image))
+    yield "feature_maps", figures.feature_maps(image[0], _feature_maps(run, image))
     yield "heat_maps", _heat_maps(run)
     images = figures.CHAPTER_IMAGE, figures.CHAPTER_KERNEL
     yield "convolution", figures.worked_convolution(*images)
@@ -167,7 +182,7 @@ def _steps(run: Run) -> tuple[np.ndarray, np.ndarray]:
     per_epoch = -(-len(run.dataset.train) // run.config.train.batch_size)
     steps = np.array([line["step"] for line in lines]) / per_epoch
     losses = np.array([line["loss"] for line in lines])
-    return tuple(np.array([values[b].mean() for b in bins]) for values in (steps, losses))
+    return np.array([steps[b].mean() for b in bins]), np.array([losses[b].mean() for b in bins])
 
 
 def _explained(run: Run) -> np.ndarray:
@@ -183,19 +198,35 @@ def _scaling(run: Run) -> dict[str, Any]:
     return {"mean": run.config.data.mean, "std": run.config.data.std}
 
 
-def _outputs(run: Run, image: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the feature maps of layers, past their activation function, by the layers' names."""
-    inputs = jax.jit(
-        lambda variables, image: models.layer_inputs(
-            run.model, variables, augment.normalize(image, **_scaling(run))
-        )
-    )(run.variables, image)
-    names = list(inputs)
-    following = dict(itertools.pairwise(names))
-    maps = {k: np.asarray(inputs[n][0], np.float32) for k, n in following.items()}
-    maps = {name: values for name, values in maps.items() if values.ndim == 3}
-    kept = np.unique(np.linspace(0, len(maps) - 1, _LAYERS).round().astype(int)) if maps else []
-    return {name: maps[name] for i, name in enumerate(maps) if i in kept}
+def _layer_inputs(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns what layers are given for images, by the layers' names, in the order they run."""
+    scaling = _scaling(run)
+
+    @jax.jit
+    def forward(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        normal = augment.normalize(images, **scaling)
+        return models.layer_inputs(run.model, variables, normal)
+
+    given = forward(run.variables, images)
+    rows = models.summarize(run.model, run.dataset.image_shape)
+    return {row.name: np.asarray(given[row.name], np.float32) for row in rows}
+
+
+def _feature_maps(run: Run, image: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the feature maps of layers, past their activation function, by the layers' names.
+
+    They are what the next layer is given, where that has the size of the layer's own output. Of a
+    deep network some layers are left out.
+    """
+    given = _layer_inputs(run, image)
+    rows = models.summarize(run.model, run.dataset.image_shape)
+    maps = {}
+    for row, following in itertools.pairwise(rows):
+        values = given[following.name]
+        if len(row.output_shape) == 3 and values.size == math.prod(row.output_shape):
+            maps[row.name] = values.reshape(row.output_shape)
+    kept = np.linspace(0, len(maps) - 1, min(_LAYERS, len(maps))).round().astype(int)
+    return {name: maps[name] for name in np.array(list(maps))[kept].tolist()}
 
 
 def _heat_maps(run: Run) -> "Figure":
@@ -203,17 +234,13 @@ def _heat_maps(run: Run) -> "Figure":
 
     chosen = _explained(run)
     images = run.dataset.test.images[chosen]
-    shapes = jax.eval_shape(
-        lambda variables: models.layer_inputs(run.model, variables, np.float32(images)),
-        run.variables,
-    )
-    layer = [name for name, shape in shapes.items() if shape.ndim == 4][-1]
+    layer = [name for name, given in _layer_inputs(run, images).items() if given.ndim == 4][-1]
     scaling = _scaling(run)
     occluded = [saliency.occlusion(run.model, run.variables, x, **scaling) for x in images]
     cam = saliency.grad_cam(run.model, run.variables, images, layer, **scaling)
     probabilities = run.probabilities[chosen]
     names = [
-        f"{run.dataset.class_names[int(row.argmax())]} {row.max():.1%}" for row in probabilities
+        f"{run.dataset.class_names[int(row.argmax())]}, {row.max():.1%}" for row in probabilities
     ]
     return figures.heat_maps(images, names, np.stack(occluded), np.asarray(cam))
 
@@ -231,7 +258,7 @@ def command(run_config: config.Config) -> str:
         if value != base[name] and not name.startswith(("data.cache_dir", "features.")):
             text = value if isinstance(value, str) else json.dumps(value)
             words.append(f"--set={name}={text}")
-    return " ".join(map(shlex.quote, words))
+    return " ".join(words[:3]) + " " + " \\\n    ".join(map(shlex.quote, words[3:]))
 
 
 def page(run: Run) -> str:
@@ -261,7 +288,8 @@ def page(run: Run) -> str:
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
-       max-width: 780px; padding: 0 16px 48px; overflow-wrap: anywhere; }
+       max-width: 780px; padding: 0 16px 48px; }
+td, dd, pre, li, h1 { overflow-wrap: anywhere; }
 h1 { font-size: 1.6em; margin: 24px 0 8px; } h2 { font-size: 1.2em; margin: 36px 0 8px; }
 img { width: 100%; height: auto; display: block; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
@@ -272,6 +300,7 @@ table { border-collapse: collapse; width: 100%; font-size: 0.92em; }
 td, th { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid #ddd;
          vertical-align: top; }
 pre { background: #f2f5f8; border-radius: 6px; padding: 12px; white-space: pre-wrap; }
+td + td, th + td { padding-right: 0; } tr th { font-weight: 500; }
 tr.changed { background: #fff3d6; } summary { cursor: pointer; padding: 8px 0; }
 """
 

@@ -23,10 +23,11 @@ def occlusion(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[np.ndarray, "rows columns"]:
-    """Returns by how much the probability of the predicted class falls where a square is hidden.
+    """Returns by how much the logit of the predicted class falls where a square is hidden.
 
-    The square is gray and a quarter of the image wide, and moves by half of that. Zeiler and
-    Fergus, "Visualizing and Understanding Convolutional Networks" (2014), section 4.2.
+    The square is gray and a quarter of the image wide, and moves by half of that. After Zeiler and
+    Fergus, "Visualizing and Understanding Convolutional Networks" (2014), section 4.2; the logit,
+    as a probability near 1 barely moves.
     """
     height, width = image.shape[:2]
     side = max(min(height, width) // 4, 1)
@@ -35,8 +36,8 @@ def occlusion(
     for i, (top, left) in enumerate(((y, x) for y in tops for x in lefts), start=1):
         hidden[i, top : top + side, left : left + side] = _GRAY
     logits = evaluate.logits(model, variables, hidden, mean=mean, std=std)
-    probabilities = evaluate.softmax(logits)[:, logits[0].argmax()]
-    return (probabilities[0] - probabilities[1:]).reshape(len(tops), len(lefts))
+    of_class = logits[:, logits[0].argmax()]
+    return (of_class[0] - of_class[1:]).reshape(len(tops), len(lefts))
 
 
 @partial(jax.jit, static_argnames=("model", "layer", "mean", "std"))
@@ -58,8 +59,10 @@ def grad_cam(
     maps = models.layer_inputs(model, variables, normal)[layer]
 
     def largest_logits(maps: Array) -> Array:
-        with models.LayerCache(layer, images.shape[1:]).replacing(maps) as placeholders:
-            return jnp.sum(jnp.max(model.apply(variables, placeholders), axis=-1))
+        _, height, width, channels = images.shape
+        with models.LayerCache(layer, (height, width, channels)).replacing(maps) as placeholders:
+            logits: Any = model.apply(variables, placeholders)
+        return jnp.sum(jnp.max(logits, axis=-1))
 
     gradient: Callable[[Array], Array] = jax.grad(largest_logits)
     weights = jnp.mean(gradient(maps), axis=(1, 2), keepdims=True)
