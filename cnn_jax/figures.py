@@ -356,10 +356,12 @@ def learning_rates(rates: Array1, losses: Array1, smoothed: Array1, suggested: f
     ax.plot(rates, smoothed, color=COLORS[0], linewidth=2, label="smoothed")
     label = f"a tenth of the rate of the least loss: {suggested:.2g}"
     ax.axvline(suggested, color=COLORS[1], linestyle="--", label=label)
-    top = 1.3 * float(np.max(smoothed[: max(len(smoothed) // 2, 1)]))
-    ax.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(0, top))
+    low, high = float(smoothed.min()), float(smoothed[: (len(smoothed) + 1) // 2].max())
+    span = max(high - low, 0.1 * high)  # Of what comes before the loss explodes.
+    limits = (low - span, high + 2 * span)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=limits)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=9)
+    ax.legend(loc="upper left", fontsize=9)
     return figure
 
 
