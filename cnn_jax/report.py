@@ -71,6 +71,33 @@ class Run:
         kernels = {row.name: params.get(f"{row.name}/kernel") for row in rows}
         return {k: np.asarray(v) for k, v in kernels.items() if v is not None and v.ndim == 4}
 
+    @cached_property
+    def scaling(self) -> dict[str, Any]:
+        """The mean and the standard deviation that images are normalised by."""
+        return {"mean": self.config.data.mean, "std": self.config.data.std}
+
+    @cached_property
+    def explained(self) -> np.ndarray:
+        """By index the first test images, each of another class, that are taken for their own."""
+        labels = self.dataset.test.labels
+        right = np.flatnonzero(self.test.logits.argmax(axis=1) == labels)
+        _, first = np.unique(labels[right], return_index=True)
+        chosen = right[np.sort(first)][:_EXPLAINED]
+        return chosen if len(chosen) else np.arange(min(_EXPLAINED, len(labels)))
+
+    @cached_property
+    def layer_inputs(self) -> dict[str, np.ndarray]:
+        """What layers are given for the explained images, by name, in the order they run."""
+
+        @jax.jit
+        def forward(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+            normal = augment.normalize(images, **self.scaling)
+            return models.layer_inputs(self.model, variables, normal)
+
+        given = forward(self.variables, self.dataset.test.images[self.explained])
+        rows = models.summarize(self.model, self.dataset.image_shape)
+        return {row.name: np.asarray(given[row.name], np.float32) for row in rows}
+
 
 def write(workdir: Path, run: Run) -> None:
     """Writes report.html as a whole or not at all.
@@ -152,8 +179,8 @@ def _all_pictures(run: Run) -> Iterator[tuple[str, "Figure"]]:
     yield "architecture", figures.architecture(rows, shape, run.config.name)
     train, test = run.dataset.train, run.dataset.test
     yield "samples", figures.samples(train.images, train.labels, names)
-    image = test.images[_explained(run)[:1]]
-    yield "feature_maps", figures.feature_maps(image[0], _feature_maps(run, image))
+    image = test.images[run.explained[0]]
+    yield "feature_maps", figures.feature_maps(image, _feature_maps(run))
     yield "heat_maps", _heat_maps(run)
     images = figures.CHAPTER_IMAGE, figures.CHAPTER_KERNEL
     yield "convolution", figures.worked_convolution(*images)
@@ -185,44 +212,16 @@ def _steps(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return np.array([steps[b].mean() for b in bins]), np.array([losses[b].mean() for b in bins])
 
 
-def _explained(run: Run) -> np.ndarray:
-    """Returns by index the first test images, each of another class, that are taken for it."""
-    labels = run.dataset.test.labels
-    right = np.flatnonzero(run.test.logits.argmax(axis=1) == labels)
-    _, first = np.unique(labels[right], return_index=True)
-    chosen = right[np.sort(first)][:_EXPLAINED]
-    return chosen if len(chosen) else np.arange(min(_EXPLAINED, len(labels)))
-
-
-def _scaling(run: Run) -> dict[str, Any]:
-    return {"mean": run.config.data.mean, "std": run.config.data.std}
-
-
-def _layer_inputs(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns what layers are given for images, by the layers' names, in the order they run."""
-    scaling = _scaling(run)
-
-    @jax.jit
-    def forward(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-        normal = augment.normalize(images, **scaling)
-        return models.layer_inputs(run.model, variables, normal)
-
-    given = forward(run.variables, images)
-    rows = models.summarize(run.model, run.dataset.image_shape)
-    return {row.name: np.asarray(given[row.name], np.float32) for row in rows}
-
-
-def _feature_maps(run: Run, image: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the feature maps of layers, past their activation function, by the layers' names.
+def _feature_maps(run: Run) -> dict[str, np.ndarray]:
+    """Returns an image's feature maps by layer, past the activation function.
 
     They are what the next layer is given, where that has the size of the layer's own output. Of a
     deep network some layers are left out.
     """
-    given = _layer_inputs(run, image)
     rows = models.summarize(run.model, run.dataset.image_shape)
     maps = {}
     for row, following in itertools.pairwise(rows):
-        values = given[following.name]
+        values = run.layer_inputs[following.name][0]
         if len(row.output_shape) == 3 and values.size == math.prod(row.output_shape):
             maps[row.name] = values.reshape(row.output_shape)
     kept = np.linspace(0, len(maps) - 1, min(_LAYERS, len(maps))).round().astype(int)
@@ -232,12 +231,11 @@ def _feature_maps(run: Run, image: np.ndarray) -> dict[str, np.ndarray]:
 def _heat_maps(run: Run) -> "Figure":
     from cnn_jax import figures
 
-    chosen = _explained(run)
+    chosen = run.explained
     images = run.dataset.test.images[chosen]
-    layer = [name for name, given in _layer_inputs(run, images).items() if given.ndim == 4][-1]
-    scaling = _scaling(run)
-    occluded = [saliency.occlusion(run.model, run.variables, x, **scaling) for x in images]
-    cam = saliency.grad_cam(run.model, run.variables, images, layer, **scaling)
+    layer = [name for name, given in run.layer_inputs.items() if given.ndim == 4][-1]
+    occluded = [saliency.occlusion(run.model, run.variables, x, **run.scaling) for x in images]
+    cam = saliency.grad_cam(run.model, run.variables, images, layer, **run.scaling)
     probabilities = run.probabilities[chosen]
     names = [
         f"{run.dataset.class_names[int(row.argmax())]}, {row.max():.1%}" for row in probabilities
