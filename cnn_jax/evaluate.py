@@ -28,7 +28,7 @@ def _batched(
     def forward(images: jax.Array) -> jax.Array:
         images = augment.normalize(devices.spread(images), mean, std)
         if layer:
-            return models.layer_input(model, variables, images, layer)
+            return models.layer_inputs(model, variables, images)[layer]
         return model.apply(variables, images)  # pyright: ignore
 
     return devices.gather(jax.lax.map(forward, batches))
@@ -92,6 +92,7 @@ class Evaluation:
     """Share of images whose largest logit is that of the label, in [0, 1]."""
     confusion: Int[np.ndarray, "classes classes"]
     """Number of images by label (row) and prediction (column)."""
+    logits: Float[np.ndarray, "n classes"]
 
 
 def score(
@@ -103,4 +104,5 @@ def score(
     confusion = np.zeros((n_classes, n_classes), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
     each = np.asarray(losses(values, labels), np.float64)
-    return Evaluation(float(each.mean()), float(np.mean(predicted == labels)), confusion)
+    accuracy = float(np.mean(predicted == labels))
+    return Evaluation(float(each.mean()), accuracy, confusion, values)

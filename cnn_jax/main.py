@@ -14,8 +14,18 @@ from cnn_jax.config import Config
 from cnn_jax.errors import UserError, printable
 from cnn_jax.stop import Stopped
 
-MODES = ("train", "evaluate", "summary", "predict", "verify", "features", "export")
-OF_A_RUN = ("evaluate", "predict", "verify", "features", "export")
+MODES = (
+    "train",
+    "evaluate",
+    "summary",
+    "predict",
+    "verify",
+    "features",
+    "figures",
+    "export",
+    "find_rate",
+)
+OF_A_RUN = ("evaluate", "predict", "verify", "features", "figures", "export")
 """The modes that read a trained workdir, and take its config where none is named."""
 
 _CONFIG = flags.DEFINE_string(
@@ -39,7 +49,9 @@ _MODE = flags.DEFINE_string(
     "predict: classify the image files and folders named after the flags; "
     "verify: train a finished workdir's run anew elsewhere and compare the bits of the parameters; "
     "features: write the activations of features.layer, and train features.classifier on them; "
-    "export: write the predictor for use without this project.",
+    "figures: draw a finished run, and write its report.html anew; "
+    "export: write the predictor for use without this project; "
+    "find_rate: train a few steps with a rising learning rate, and suggest one.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
@@ -96,6 +108,10 @@ def main(argv: list[str]) -> None:
         sys.exit(0 if modes.verify(wanted, workdir) else 1)
     elif mode == "features":
         modes.features(wanted, workdir, _CHECKPOINT.value or "")
+    elif mode == "figures":
+        modes.figures(wanted, workdir, _CHECKPOINT.value or "")
+    elif mode == "find_rate":
+        modes.find_rate(wanted, workdir)
     elif mode == "export":
         modes.export(wanted, workdir, _CHECKPOINT.value or "")
     else:

@@ -197,18 +197,21 @@ def _is_layer(context: Any) -> bool:
     return context.method_name == "__call__" and not inside
 
 
-def layer_input(model: nn.Module, variables: Any, images: Array, layer: str) -> Array:
-    """Returns what a layer is given in evaluation: past the activation function before it."""
-    given: list[Array] = []
+def layer_inputs(model: nn.Module, variables: Any, images: Array) -> dict[str, Array]:
+    """Returns what each layer is given in evaluation, past the activation function before it.
+
+    By the layers' names; where it is compiled, JAX sorts them.
+    """
+    given: dict[str, Array] = {}
 
     def record(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if _is_layer(context) and "/".join(context.module.path) == layer:
-            given.append(args[0])
+        if _is_layer(context):
+            given["/".join(context.module.path)] = args[0]
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
         model.apply(variables, images)
-    return given[0]
+    return given
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,26 @@ from rich.console import Console
 from rich.table import Table
 
 from cnn_jax import config as configuration
-from cnn_jax import data, devices, loop, losses, models, optim, photos, runs, trees, weights
+from cnn_jax import (
+    data,
+    devices,
+    loop,
+    losses,
+    models,
+    optim,
+    photos,
+    rate_finder,
+    report,
+    runs,
+    trees,
+    weights,
+)
 from cnn_jax import evaluate as evaluation
 from cnn_jax import export as exporting
 from cnn_jax import features as extraction
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError, printable
-from cnn_jax.run_log import RunLog, SilentLog
+from cnn_jax.run_log import RunLog, SilentLog, read_metrics
 from cnn_jax.stop import Stopped
 
 # The last of equal flags counts, so this one stands after the user's own.
@@ -220,6 +233,47 @@ def export(config: Config, workdir: Path, kind: str) -> None:
         weights.write(trained.variables["params"], folder / "vgg16.safetensors")
         written.append("vgg16.safetensors")
     print(f"{', '.join(written)} in {folder}")
+
+
+def figures(config: Config, workdir: Path, kind: str) -> None:
+    """Draws a finished run, below `figures` in its workdir, and writes its report.html anew.
+
+    The report stays as it is where `kind` names other parameters than those it tells of.
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    runs.check_config(workdir, config)
+    trained = runs.load_trained(workdir, config, kind)
+    summary = runs.finished(workdir)
+    if summary is None:
+        raise UserError(f"{workdir} is not finished; the command that trains it goes on with it")
+    metrics = read_metrics(workdir)
+    dataset = _load_data(config, console)
+    _check_classes(dataset, trained, workdir)
+    logits = trained.logits(dataset.test.images)
+    test = evaluation.score(logits, dataset.test.labels, losses.from_config(config.train))
+    ended = report.Run(summary, metrics, dataset, trained.model, trained.variables, test)
+    with runs.claim(workdir, config):
+        for path in report.write_pictures(workdir, ended):
+            console.print(printable(path))
+        if kind in ("", config.train.reported_kind):
+            report.write(workdir, ended)
+            console.print(printable(str(workdir / "report.html")))
+
+
+def find_rate(config: Config, workdir: Path) -> None:
+    """Trains a few steps with a rising learning rate, draws the losses, and suggests a rate."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    with runs.claim(workdir, config):
+        dataset = _load_data(config, console)
+        trainer = loop.Trainer(config, dataset)
+        n_steps = min(trainer.steps_per_epoch, rate_finder.STEPS)
+        recipe = rate_finder.make_recipe(config, len(dataset.class_names), n_steps)
+        state = trainer.start(RunLog(workdir, console))
+        images, labels = dataset.train.images, dataset.train.labels
+        key = jax.random.key(config.seed)
+        found = rate_finder.find(recipe, state, images, labels, key, n_steps)
+        path = report.write_rates(workdir, found)
+    console.print(f"optim.learning_rate={found.suggested:.2g} is suggested; see {path}")
 
 
 def verify(config: Config, workdir: Path) -> bool:

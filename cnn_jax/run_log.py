@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import (
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, one_line
 
 # Without a terminal, a line at every epoch's end and otherwise at most this often.
 _PLAIN_SECONDS = 20.0
@@ -149,6 +149,23 @@ class SilentLog(RunLog):
 
     def flush(self) -> None:
         """Has nothing to put on disk."""
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = workdir / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if all({"step", "loss"} <= line.keys() for line in lines):
+            return lines
+        problem = "it is not what a run has written"
+    except (OSError, ValueError, AttributeError) as error:
+        problem = one_line(error)
+    raise UserError(f"{path} can't be read: {problem}")
 
 
 def _truncate(path: Path, step: int) -> None:

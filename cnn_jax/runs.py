@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cnn_jax import checkpoint, config, devices, evaluate, loop, models, trees
+from cnn_jax import checkpoint, config, devices, evaluate, loop, models, report, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, one_line
-from cnn_jax.run_log import RunLog
+from cnn_jax.report import Run
+from cnn_jax.run_log import RunLog, read_metrics
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -89,9 +90,13 @@ def check_single(workdir: Path, found: Config) -> None:
 
 
 def run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) -> dict[str, Any]:
-    """Trains, evaluates once on the test set, writes summary.json, and returns what it holds."""
+    """Trains, evaluates once on the test set, and writes report.html and then summary.json.
+
+    Returns what summary.json holds; where there is one, the run has ended.
+    """
     wanted, dataset = trainer.config, trainer.dataset
-    state, progress = loop.fit(trainer, workdir, log_in(workdir))
+    log = log_in(workdir)
+    state, progress = loop.fit(trainer, workdir, log)
     result = trainer.evaluate(state, dataset.test)
     steps = int(state.step)
     sums = jax.device_get(state.epoch_sums)
@@ -120,8 +125,24 @@ def run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) 
         "versions": versions(),
         "device": device(),
     }
-    devices.on_main(lambda: write_json(workdir / "summary.json", summary))
+    model, variables = trainer.recipe.model, state.eval_variables
+
+    def write() -> None:
+        metrics = read_metrics(workdir)
+        _write_report(workdir, Run(summary, metrics, dataset, model, variables, result), log)
+        write_json(workdir / "summary.json", summary)
+
+    devices.on_main(write)
     return summary
+
+
+def _write_report(workdir: Path, ended: Run, log: RunLog) -> None:
+    try:
+        report.write(workdir, ended)
+    except UserError:
+        raise
+    except Exception as error:  # What can't be drawn must not cost the result of a long training.
+        log.warn(f"report.html was not written: {one_line(error)}")
 
 
 def run_seeds(

@@ -12,7 +12,9 @@ from pathlib import Path
 
 # A process that has imported everything and started nothing, from which each run is forked.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["cnn_jax.main", "cnn_jax.modes", "sklearn.datasets"])
+_FORKS.set_forkserver_preload(
+    ["cnn_jax.main", "cnn_jax.modes", "cnn_jax.figures", "sklearn.datasets"]
+)
 
 
 @dataclass

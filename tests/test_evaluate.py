@@ -35,6 +35,7 @@ def test_score_counts_what_is_right_and_what_is_taken_for_what():
     assert result.accuracy == 0.75
     np.testing.assert_allclose(result.loss, (3 * right + wrong) / 4, rtol=1e-6)
     np.testing.assert_array_equal(result.confusion, [[1, 0, 0], [1, 1, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(result.logits, logits)
 
 
 def test_softmax_is_safe_for_large_logits():

@@ -131,7 +131,8 @@ def test_summary_shows_the_group_of_every_parameter(tmp_path: Path):
 
 def test_a_workdir_holds_what_the_readme_says(trained: Path):
     names = {path.name for path in (trained / "run").iterdir()}
-    assert {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard"} <= names
+    assert {"config.json", "metrics.jsonl", "summary.json", "report.html"} <= names
+    assert {"checkpoints", "tensorboard"} <= names
 
 
 def test_a_finished_run_is_not_run_again(trained: Path):

@@ -59,6 +59,7 @@ def test_two_processes_are_stopped_resume_and_agree_with_one(tmp_path: Path):
     assert (code, other_code) == (0, 0), errors
     assert "resuming after step" in output
     assert "epoch" not in other_output
+    assert (tmp_path / "0/run/report.html").exists()
     assert list((tmp_path / "1").iterdir()) == []
     np.testing.assert_allclose(losses(tmp_path / "0/run"), losses(tmp_path / "run"), rtol=2e-5)
     together, alone = summary(tmp_path / "0/run"), summary(tmp_path / "run")

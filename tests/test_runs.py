@@ -153,6 +153,7 @@ def test_seeds_are_runs_of_their_own_with_one_compilation(
     assert [run["params_sha256"] for run in total["runs"]] == hashes
     assert len(set(hashes)) == 3
     assert configuration.load(folder / "seed-6/config.json") == replace(tiny, seed=6)
+    assert "tiny, seed 6" in (folder / "seed-6/report.html").read_text()
     accuracies = [single["test_accuracy"] for single in singles]
     np.testing.assert_allclose(total["test_accuracy_mean"], np.mean(accuracies))
     np.testing.assert_allclose(total["test_accuracy_std"], np.std(accuracies, ddof=1))

@@ -1,0 +1,234 @@
+"""What the pictures show, read back from the figures; and that all can be drawn."""
+
+import struct
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from cnn_jax import figures, models
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+LABELS = np.array([0, 1, 2, 0, 1, 2], np.int32)
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def ticks(ax: Axes) -> tuple[list[str], list[str]]:
+    """Returns the labels below and beside the axes."""
+    return tuple(
+        [label.get_text() for label in axis.get_ticklabels()] for axis in (ax.xaxis, ax.yaxis)
+    )
+
+
+def pixels(ax: Axes, index: int = 0) -> np.ma.MaskedArray:
+    found = ax.images[index].get_array()
+    assert found is not None
+    return found
+
+
+def width(png: bytes) -> int:
+    assert png.startswith(b"\x89PNG")
+    return struct.unpack(">I", png[16:20])[0]
+
+
+def test_the_chapters_convolution_gives_three_first():
+    found = figures.valid_convolution(figures.CHAPTER_IMAGE, figures.CHAPTER_KERNEL)
+    np.testing.assert_array_equal(found, [[3, 3, 3], [1, 3, 2], [1, 1, 2]])
+    figure = figures.worked_convolution(figures.CHAPTER_IMAGE, figures.CHAPTER_KERNEL)
+    image, kernel, feature_map = figure.axes
+    assert texts(feature_map) == ["3", "3", "3", "1", "3", "2", "1", "1", "2"]
+    assert "".join(texts(image)) == "1110001110001110011001100"
+    assert texts(kernel) == ["1", "0", "0", "0", "1", "0", "0", "0", "1"]
+    assert [ax.get_title() for ax in figure.axes] == [
+        "image, 5x5",
+        "kernel, 3x3",
+        "feature map, 3x3",
+    ]
+    assert figure.get_supxlabel() == (
+        "first value: 1·1 + 1·0 + 1·0 + 0·0 + 1·1 + 1·0 + 0·0 + 0·0 + 1·1 = 3"
+    )
+    assert width(figures.png(figure)) == 960
+
+
+def test_a_convolution_does_not_turn_its_kernel():
+    kernel = np.array([[1, 2], [0, 0]])
+    found = figures.valid_convolution(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 5]]), kernel)
+    np.testing.assert_array_equal(found, [[1, 0], [2, 1]])
+
+
+def test_first_filters_are_colours_around_gray():
+    """A weight of 0 is gray, the largest of a filter white or black, whatever its size."""
+    kernel = np.zeros((3, 3, 3, 2), np.float32)
+    kernel[0, 0, :, 0] = (2, 0, -2)
+    kernel[2, 2, :, 1] = (0.1, 0.1, 0.1)
+    (ax,) = figures.filters(kernel, "conv1").axes
+    assert ax.get_title() == "conv1: 2 filters of 3x3x3, red-green-blue, gray is 0"
+    drawn = pixels(ax)
+    np.testing.assert_allclose(drawn[0, 0], [1, 0.5, 0])
+    np.testing.assert_allclose(drawn[0, 17], [0.5, 0.5, 0.5])
+    np.testing.assert_allclose(drawn[17, 36], [1, 1, 1])  # 18 pixels, a gap, 18 pixels.
+    np.testing.assert_allclose(drawn[0, 18], [1, 1, 1])
+
+
+def test_later_filters_show_their_strongest_channel_with_its_weights():
+    kernel = np.zeros((3, 3, 5, 70), np.float32)
+    kernel[0, 0, 3, 0] = -0.5
+    kernel[0, 0, 1, 0] = 0.25
+    ax, bar = figures.filters(kernel, "block2/conv1").axes
+    assert ax.get_title().startswith("block2/conv1: the first 64 of 70 filters of 3x3x5;")
+    assert pixels(ax)[0, 0] == -0.5
+    assert ax.images[0].get_clim() == (-0.5, 0.5)
+    assert bar.get_ylabel() == "weight"
+    assert figures.filters(np.zeros_like(kernel), "dead").axes
+
+
+def test_activation_functions_and_their_slopes():
+    function, derivative = figures.activation_functions().axes
+    named = {line.get_label(): line for line in function.lines}
+    assert list(named) == ["sigmoid", "tanh", "ReLU", "GELU"]
+    slopes = dict(zip(named, derivative.lines, strict=True))
+    for name, (value, slope) in {
+        "sigmoid": (0.731058579, 0.196611933),
+        "tanh": (0.761594156, 0.419974342),
+        "ReLU": (1.0, 1.0),
+        "GELU": (0.841344746, 1.083315471),
+    }.items():
+        at = int(np.argmin(np.abs(np.asarray(named[name].get_xdata()) - 1.0)))
+        np.testing.assert_allclose(np.asarray(named[name].get_ydata())[at], value, rtol=1e-8)
+        np.testing.assert_allclose(np.asarray(slopes[name].get_ydata())[at], slope, rtol=1e-8)
+    assert len({line.get_linestyle() for line in function.lines}) == 4
+
+
+@pytest.mark.parametrize(
+    "model", [models.SimpleCNN(3, (8,)), models.VGG16(3, (8, 8), dropout=0.5)], ids=["one", "deep"]
+)
+def test_the_architecture_of_any_network_is_its_summary(model: models.Classifier):
+    shape = (64, 64, 3)
+    rows = models.summarize(model, shape)
+    (ax,) = figures.architecture(rows, shape, "mine").axes
+    shown = texts(ax)
+    assert {"images", "64 x 64 x 3", "Conv", "Dense"} <= set(shown)
+    for row in rows:
+        assert row.name in shown
+        assert " x ".join(map(str, row.output_shape)) in shown
+    assert f"{rows[0].params:,}" in shown
+    assert ax.get_title() == f"mine: {sum(row.params for row in rows):,} parameters"
+    widths = [box.get_width() for box in ax.patches]  # pyright: ignore
+    assert len(widths) == len(rows) + 1
+    assert widths[1] == max(widths)
+    assert widths[-1] == min(widths)
+
+
+def test_samples_stand_in_the_row_of_their_class():
+    (ax,) = figures.samples(IMAGES, LABELS, ("cat", "dog", "owl"), per_class=3).axes
+    assert ticks(ax)[1] == ["cat", "dog", "owl"]
+    drawn = pixels(ax)
+    assert drawn.shape == (26, 26, 3)
+    np.testing.assert_array_equal(drawn[:8, 9:17], IMAGES[3])
+    np.testing.assert_array_equal(drawn[18:26, :8], IMAGES[2])
+    assert np.all(drawn[:8, 18:] == 255)
+
+
+def test_curves_tell_parts_and_runs_apart_without_colours():
+    def measured(first: float) -> figures.Measured:
+        return figures.Measured(np.array([1, 2]), np.array([first, 1.0]), np.array([0.25, 0.5]))
+
+    parts = {"train": measured(2.0), "validation": measured(3.0)}
+    accuracy, loss = figures.learning_curves({"a": parts, "b": parts}).axes
+    assert (accuracy.get_ylabel(), loss.get_ylabel()) == ("accuracy (%)", "loss")
+    assert accuracy.get_xlabel() == loss.get_xlabel() == "epoch"
+    labels = [line.get_label() for line in loss.lines]
+    assert labels == ["a, train", "a, validation", "b, train", "b, validation"]
+    np.testing.assert_array_equal(accuracy.lines[0].get_ydata(), [25, 50])
+    np.testing.assert_array_equal(loss.lines[1].get_ydata(), [3, 1])
+    styles = {(line.get_linestyle(), line.get_marker()) for line in loss.lines}
+    assert len(styles) == 4
+    steps = (np.array([0.5, 1.0, 1.5]), np.array([3.0, 2.0, 1.0]))
+    _, loss = figures.learning_curves({"": parts}, steps).axes
+    assert [line.get_label() for line in loss.lines] == ["single steps", "train", "validation"]
+    np.testing.assert_array_equal(loss.lines[0].get_ydata(), steps[1])
+
+
+def test_the_confusion_matrix_holds_its_counts():
+    counts = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]])
+    ax, _ = figures.confusion(counts, ("cat", "dog", "owl")).axes
+    cells = {text.get_position(): text.get_text() for text in ax.texts}
+    assert cells == {(0, 0): "8", (1, 0): "2", (0, 1): "1", (1, 1): "3"}  # (column, row)
+    assert ticks(ax) == (["cat", "dog", "owl"], ["cat", "dog", "owl"])
+    np.testing.assert_allclose(pixels(ax)[0], [0.8, 0.2, 0])
+    np.testing.assert_allclose(pixels(ax)[2], 0)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("taken for", "class")
+    assert ax.texts[0].get_color() == "white" and ax.texts[1].get_color() == "black"
+    many = figures.confusion(np.eye(21, dtype=int), [str(i) for i in range(21)]).axes[0]
+    assert texts(many) == []
+
+
+def test_mistakes_name_both_classes_and_the_probability():
+    probabilities = np.array([[0.1, 0.9, 0.0], [0.0, 0.25, 0.75]])
+    (ax,) = figures.mistakes(IMAGES[:2], LABELS[:2], probabilities, ("cat", "dog", "owl")).axes
+    assert texts(ax) == ["cat\ntaken for\ndog 90%", "dog\ntaken for\nowl 75%"]
+    np.testing.assert_array_equal(pixels(ax, 1), IMAGES[1])
+
+
+def test_feature_maps_show_the_most_active_of_each_layer():
+    maps = np.zeros((4, 4, 20), np.float32)
+    maps[..., 13], maps[..., 5] = 2, 1
+    image, first, _ = figures.feature_maps(IMAGES[0], {"conv1": maps, "pool": maps[..., :3]}).axes
+    assert image.get_ylabel() == "image\n8 x 8 x 3"
+    assert first.get_ylabel() == "conv1\n4 x 4 x 20"
+    np.testing.assert_array_equal(pixels(first)[0, [0, 5, 10]], [2, 1, 0])
+
+
+def test_heat_maps_stand_beside_their_images():
+    drops, cam = np.zeros((2, 3, 3)), np.zeros((2, 4, 4))
+    drops[0, 1, 1], cam[1, 2, 2] = -3, 5
+    figure = figures.heat_maps(IMAGES[:2], ["cat, 90%", "dog, 80%"], drops, cam)
+    left, middle, right = figure.axes[3:6]
+    assert left.get_ylabel() == "dog, 80%"
+    np.testing.assert_array_equal(pixels(left), IMAGES[1])
+    assert pixels(right, 1)[2, 2] == 1  # A share of the largest.
+    assert middle.images[1].get_clim() == (-3, 3)
+    labels = [bar.get_xlabel() for bar in figure.axes[6:]]
+    assert labels == ["logit lost where hidden", "Grad-CAM, of the largest"]
+    assert width(figures.png(figures.heat_maps(IMAGES[:1], ["a"], drops[1:], cam[:1]))) == 960
+
+
+def test_the_finders_curve_marks_what_it_suggests():
+    rates = np.array([0.01, 0.1, 1.0, 10.0])
+    (ax,) = figures.learning_rates(rates, rates, np.array([2.0, 1.0, 2.0, 99.0]), 0.01).axes
+    assert ax.get_xscale() == "log"
+    assert ax.get_ylim() == (0.0, 4.0)
+    assert ax.lines[2].get_label() == "a tenth of the rate of the least loss: 0.01"
+    np.testing.assert_array_equal(ax.lines[2].get_xdata(), [0.01, 0.01])
+
+
+def test_bars_and_lines_show_means_with_their_spread():
+    means, stds = np.array([60.0, 50.0]), np.array([1.5, 0.25])
+    (ax,) = figures.bars(["svm", "mlp"], means, stds, "test accuracy (%)").axes
+    assert texts(ax) == [" 60 ± 1.5", " 50 ± 0.25"]
+    assert ticks(ax)[1] == ["svm", "mlp"]
+    assert [bar.get_width() for bar in ax.patches] == [60, 50]  # pyright: ignore
+    x = np.array([20.0, 100.0])
+    methods = {f"method {i}": (means + i, stds) for i in range(9)}
+    (ax,) = figures.lines(x, methods, "images a class", "accuracy (%)", "log").axes
+    assert ticks(ax)[0] == ["20", "100"]
+    np.testing.assert_array_equal(ax.lines[1].get_ydata(), [61, 51])
+    band = ax.collections[0].get_paths()[0].vertices
+    assert {58.5, 61.5} <= set(np.asarray(band)[:, 1])
+    styles = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines]
+    assert len(set(styles)) == 9
+
+
+def test_strangers_names_are_drawn_as_they_are():
+    """Mathematics, control characters, no text at all, scripts that the font lacks, and length."""
+    names = ("$\\frac$", "two\nlines", "\udcff\x1b", "猫", "a" * 99)
+    counts = np.eye(5, dtype=int)
+    ax, _ = (figure := figures.confusion(counts, names)).axes
+    shown = ticks(ax)[0]
+    assert shown == ["\\$\\frac\\$", "two\\nlines", "\\udcff\\x1b", "猫", "a" * 13 + "…"]
+    assert width(figures.png(figure)) == 960
+    few = figures.mistakes(IMAGES[:5], np.arange(5), np.eye(5)[::-1], names)
+    assert width(figures.png(few)) == 960

@@ -1,0 +1,71 @@
+"""Heat maps of networks whose answers are known to rest on a single place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnn_jax import augment, models, saliency
+
+UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+MODEL = models.SimpleCNN(n_classes=2, dense=(), widths=(2,))
+CORNER = np.zeros((1, 16, 16, 3), np.uint8)
+CORNER[0, :4, 12:] = 255
+
+
+def watching(row: int, column: int) -> dict:
+    """Returns variables with which class 1 is the red of the pooled pixel at a place, times 8."""
+    variables = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    variables = jax.tree.map(jnp.zeros_like, variables)
+    params = variables["params"]
+    params["conv1"]["kernel"] = params["conv1"]["kernel"].at[1, 1, 0, 0].set(1.0)
+    head = params["head"]["kernel"].reshape(8, 8, 2, 2).at[row, column, 0, 1].set(8.0)
+    params["head"]["kernel"] = head.reshape(-1, 2)
+    return variables
+
+
+def test_occlusion_is_what_a_hidden_square_costs():
+    """Squares of 4 pixels, every 2: gray is 128 / 255 of what it hides."""
+    found = saliency.occlusion(MODEL, watching(0, 7), CORNER[0], **UNIT)
+    assert found.shape == (7, 7)
+    expected = np.zeros((7, 7))
+    expected[0, 6] = 8 * (1 - 128 / 255)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_grad_cam_is_the_sum_of_maps_weighted_by_their_mean_slope():
+    variables = watching(0, 7)
+    found = saliency.grad_cam(MODEL, variables, CORNER, "pool", **UNIT)
+    assert found.shape == (1, 16, 16)
+    # The first map alone counts, by 8 / (16 * 16): the slope of one of its pixels.
+    expected = np.float32(CORNER[..., 0] == 255) * 8 / 256
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_grad_cam_equals_its_definition_on_a_random_network():
+    model = models.VGG(n_classes=3, dense=(8,), blocks=((4,), (5,)), activation="tanh")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
+    normal = augment.normalize(jnp.array(images), **UNIT)
+    given = jax.jit(lambda images: models.layer_inputs(model, variables, images))(normal)
+    maps = np.asarray(given["block2/pool"], np.float64)
+
+    @jax.jit
+    def logits(maps: jax.Array) -> jax.Array:
+        with models.LayerCache("block2/pool", (8, 8, 3)).replacing(maps) as placeholders:
+            return model.apply(variables, placeholders)
+
+    winner = np.asarray(logits(jnp.float32(maps))).argmax(axis=1)
+
+    def logit(maps: np.ndarray) -> np.ndarray:
+        return np.asarray(logits(jnp.float32(maps)))[np.arange(2), winner]
+
+    weights = np.zeros((2, 5))
+    for channel in range(5):  # The mean slope, by a central difference of the whole map.
+        moved = np.zeros(maps.shape)
+        moved[..., channel] = 1e-3
+        weights[:, channel] = (logit(maps + moved) - logit(maps - moved)) / (2e-3 * 16)
+    sums = np.einsum("nc,nhwc->nhw", weights, maps)
+    assert sums.max() > 0.01 and sums.min() < -0.01
+    expected = np.maximum(sums, 0)
+    found = saliency.grad_cam(model, variables, images, "block2/pool", **UNIT)
+    np.testing.assert_allclose(found, expected, atol=2e-3 * expected.max())
