@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from cnn_jax import config, configs, data, features, loop, modes, runs, transfer
+from cnn_jax import config, configs, data, features, figures, loop, modes, runs, transfer
 from cnn_jax.config import AugmentConfig, Config, InitConfig, ModelConfig, TrainConfig
 from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog
@@ -163,25 +163,54 @@ def measure(
                 yield {"method": method, "shots": shots, "seed": seed, "test_accuracy": accuracy}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Returns mean and standard deviation over seeds in percent, as Markdown."""
+Spread = dict[str, tuple[np.ndarray, np.ndarray]]
+"""By method, mean and standard deviation (n - 1) over seeds at each of SHOTS, in percent."""
+
+
+def spread(rows: list[dict[str, Any]]) -> Spread:
+    """Returns what the seeds of each method have in common."""
+    found: Spread = {}
+    for method in METHODS:
+        accuracies = np.array(
+            [
+                [100 * r["test_accuracy"] for r in rows if (r["method"], r["shots"]) == (method, s)]
+                for s in SHOTS
+            ]
+        )
+        found[method] = accuracies.mean(axis=1), accuracies.std(axis=1, ddof=1)
+    return found
+
+
+def table(found: Spread) -> str:
+    """Returns a row a method as Markdown."""
     lines = ["| method | " + " | ".join(f"{s} a class" for s in SHOTS) + " |"]
     lines.append("|---|" + "---|" * len(SHOTS))
-    for method in METHODS:
-        cells = []
-        for shots in SHOTS:
-            found = [
-                100 * row["test_accuracy"]
-                for row in rows
-                if (row["method"], row["shots"]) == (method, shots)
-            ]
-            cells.append(f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}")
+    for method, (means, stds) in found.items():
+        cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means, stds, strict=True)]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def write(results: Path, about: dict[str, Any]) -> None:
+    """Writes transfer.json, transfer.md and transfer.png."""
+    found = spread(about["rows"])
+    results.mkdir(exist_ok=True)
+    runs.write_json(results / "transfer.json", about)
+    (results / "transfer.md").write_text(
+        f"Test accuracy in percent on {', '.join(NEW)}; mean ± standard deviation of "
+        f"{about['seeds']} seeds. The network that is transferred learned {', '.join(OLD)} and "
+        f"reaches {about['pretrained_test_accuracy']:.2%} on them.\n\n{table(found)}\n\n"
+        f"{about['data']}, on {about['device']['cpu_count']} cores ({about['device']['kind']}), "
+        f"jax {about['versions']['jax']}; `python experiments/transfer.py`.\n"
+    )
+    figure = figures.lines(
+        np.array(SHOTS), found, "training images a class", "test accuracy (%)", "log"
+    )
+    (results / "transfer.png").write_bytes(figures.png(figure))
+
+
 def main() -> None:
-    """Runs what is missing and writes transfer.json and transfer.md."""
+    """Runs what is missing and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
@@ -212,12 +241,8 @@ def main() -> None:
         "rows": rows,
     }
     results = arguments.runs if arguments.quick else Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    runs.write_json(results / "transfer.json", about)
-    text = f"Test accuracy in percent, mean ± standard deviation of {arguments.seeds} seeds.\n"
-    text += f"The pretrained network reaches {accuracy:.2%} on its own five classes.\n\n"
-    (results / "transfer.md").write_text(text + table(rows) + "\n")
-    print(table(rows))
+    write(results, about)
+    print((results / "transfer.md").read_text())
 
 
 if __name__ == "__main__":
