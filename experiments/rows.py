@@ -9,6 +9,7 @@ import fnmatch
 import functools
 import hashlib
 import json
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,10 @@ CURVE = (
     "test_loss",
     "test_accuracy",
 )
+# SHA-256 of test images, and what they are called beside a result; the source says where they lie.
+_DATA_NAMES = {
+    "57364becc1e313e9d0642408700f2d3dce05dbdf2d312658433226d9da72f76c": "CIFAR-10 (JPEG copy)"
+}
 _TEXTS = {"variant", "config_sha256", "params_sha256", *SURROUNDINGS}
 
 load_data = functools.lru_cache(maxsize=1)(data.load)
@@ -128,10 +133,14 @@ def final_runs(
         found = [row for row in tuned if row]
         if len(found) < len(rates):
             return []
-        accuracies = [row["validation_accuracy"] or -1.0 for row in found]
-        if max(accuracies) < 0:
+        finite = [
+            (row["validation_accuracy"], rate)
+            for row, rate in zip(found, rates, strict=True)
+            if row["validation_accuracy"] is not None
+        ]
+        if not finite:
             raise UserError(f"{variant}: every learning rate diverged; try smaller ones")
-        rate = rates[accuracies.index(max(accuracies))]
+        _, rate = max(finite, key=lambda pair: pair[0])  # of equals the first, so the smallest
         base = replace(base, optim=replace(base.optim, learning_rate=rate))
     return [Run(variant, replace(base, seed=seed)) for seed in range(seeds)]
 
@@ -153,7 +162,7 @@ class Store:
     @property
     def seeds(self) -> int:
         """One more than the largest seed in the committed results."""
-        return 1 + max((seed for _, seed, _ in self._committed), default=-1)
+        return 1 + max((int(row["seed"] or 0) for row in self._committed.values()), default=-1)
 
     def workdir(self, run: Run) -> Path:
         """Returns the folder that a run is trained in."""
@@ -196,12 +205,8 @@ class Store:
     def keep_diverged(self, run: Run, reason: str) -> None:
         """Notes that a run has no result because its loss was no longer finite."""
         row = {name: None for name in (*COLUMNS, *self.experiment.measured)}
-        surroundings = {
-            "data": load_data(run.config.data).source,
-            "device": device_text(runs.device()),
-            "versions": versions_text(runs.versions()),
-        }
-        self.keep(run, {**row, **_identity(run), **surroundings}, [])
+        row |= _identity(run) | _surroundings(run, runs.device(), runs.versions())
+        self.keep(run, row, [])
         (self.workdir(run) / "diverged.txt").write_text(reason + "\n")
 
     def other_config(self, run: Run) -> list[str]:
@@ -240,11 +245,7 @@ def _summarize(experiment: Experiment, run: Run, workdir: Path) -> Row:
     if experiment.measure:
         trained = runs.load_trained(workdir, run.config)
         measured = experiment.measure(trained, load_data(run.config.data))
-    surroundings = {
-        "data": summary["data"]["source"],
-        "device": device_text(summary["device"]),
-        "versions": versions_text(summary["versions"]),
-    }
+    surroundings = _surroundings(run, summary["device"], summary["versions"])
     return {name: row[name] for name in COLUMNS} | measured | surroundings
 
 
@@ -259,14 +260,16 @@ def _curve(run: Run, workdir: Path) -> list[Row]:
     ]
 
 
-def device_text(device: dict[str, Any]) -> str:
-    """Returns a summary's device in words."""
-    return f"{device['count']} x {device['kind']}, {device['cpu_count']} CPU cores"
-
-
-def versions_text(versions: dict[str, str]) -> str:
-    """Returns a summary's versions in one line."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def _surroundings(run: Run, device: dict[str, Any], versions: dict[str, str]) -> Row:
+    """Returns in words what a run learnt from, what it ran on, and the versions of what ran it."""
+    dataset = load_data(run.config.data)
+    images = hashlib.sha256(dataset.test.images.tobytes()).hexdigest()
+    where = f"{device['count']} x {device['kind']}, {device['cpu_count']} cores"
+    return {
+        "data": _DATA_NAMES.get(images, dataset.source),
+        "device": f"{where} of {platform.machine()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -294,10 +297,10 @@ def _value(name: str, text: str) -> Any:
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
-    """Writes rows as a whole or not at all; None is an empty cell, and floats keep their bits."""
+    """Writes those columns as a whole or not at all; None is an empty cell, floats keep bits."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns), restval=None, lineterminator="\n")
+        writer = csv.DictWriter(file, list(columns), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     temporary.replace(path)

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     variants = rows.chosen_variants(experiment, _ONLY.value)
     store = rows.Store(experiment, Path(_RUNS.value) / name, RESULTS / name)
-    seeds = _SEEDS.value or max(experiment.seeds, store.seeds)
+    seeds = _SEEDS.value or experiment.seeds
     modes.set_up_jax(experiment.variants[variants[0]])
     console = Console(highlight=False, soft_wrap=True)
     if what == "list":
