@@ -1,4 +1,4 @@
-"""The figures of reports: arrays in, a matplotlib Figure out."""
+"""Figures that compare variants over seeds, in the colours of cnn_jax.figures."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,9 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
-# Distinct also to the colour-blind (Okabe and Ito, "Color Universal Design", 2008).
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-_MARKERS = "os^Dvp*X"
+from cnn_jax.figures import COLORS, MARKERS
 
 
 def _axes(figure: Figure, rows: int = 1, columns: int = 1) -> list[Axes]:
@@ -23,7 +21,7 @@ def _axes(figure: Figure, rows: int = 1, columns: int = 1) -> list[Axes]:
 
 
 def _figure(width: float = 6.4) -> Figure:
-    return Figure(figsize=(width, 4.0), dpi=150, layout="constrained")
+    return Figure(figsize=(width, 4.0), layout="constrained")
 
 
 def mean_and_std(
@@ -45,10 +43,11 @@ def learning_curves(
     """Returns accuracy by epoch: on the training set to the left, on the test set to the right."""
     figure = _figure(width=9.6)
     axes = _axes(figure, columns=2)
-    for (label, pair), color in zip(curves.items(), _cycle(len(curves)), strict=True):
+    for i, (label, pair) in enumerate(curves.items()):
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         for one, accuracy in zip(axes, pair, strict=True):
             epochs = np.arange(1, len(accuracy) + 1)
-            one.plot(epochs, accuracy, color=color, label=label, marker=".")
+            one.plot(epochs, accuracy, color=color, label=label, marker=marker, ms=4)
     for one, title in zip(axes, ("training set", "test set"), strict=True):
         one.set(title=title, xlabel="epoch")
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -65,12 +64,20 @@ def bars(names: Sequence[str], groups: Mapping[str, Float[np.ndarray, "names see
     for i, (label, values) in enumerate(groups.items()):
         x = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width
         means, deviations = mean_and_std(values)
-        axes.bar(x, means, 0.9 * width, color=COLORS[i], yerr=deviations, capsize=3, label=label)
+        axes.bar(
+            x,
+            means,
+            0.9 * width,
+            color=COLORS[i % len(COLORS)],
+            yerr=deviations,
+            capsize=3,
+            label=label,
+        )
         axes.plot(x, values, ".", color="black", markersize=4)
     axes.set_xticks(np.arange(len(names)), names, rotation=20 if len(names) > 5 else 0)
     axes.set_ylabel("share" if len(groups) > 1 else next(iter(groups)))
     if len(groups) > 1:
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
@@ -87,7 +94,7 @@ def lines(
     for i, (label, (x, values)) in enumerate(series.items()):
         order = np.argsort(x)
         x, (means, deviations) = x[order], mean_and_std(values[order])
-        color, marker = COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         axes.plot(x, means, color=color, marker=marker, label=label)
         axes.fill_between(x, means - deviations, means + deviations, color=color, alpha=0.2, lw=0)
     if logarithmic:
@@ -98,7 +105,3 @@ def lines(
     if len(series) > 1:
         axes.legend()
     return figure
-
-
-def _cycle(n: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(n)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cnn_jax import config, runs
+from cnn_jax import config, figures, runs
 from experiments import plots, rows
 from experiments.rows import Row, Run, Store
 from experiments.spec import TUNING_FRACTION, AgainstField, AgainstMeasured, Bars, Curves
@@ -54,7 +54,7 @@ def write(name: str, store: Store, seeds: int, folder: Path) -> None:
     text += [f"![{experiment.question}]({name}.png)", _surroundings(about)]
     _write_text(folder / "results.md", "\n\n".join(filter(None, text)) + "\n")
     if any(row["variant"] in final for row in done):
-        draw(store, final, curves).savefig(folder / f"{name}.png")
+        (folder / f"{name}.png").write_bytes(figures.png(draw(store, final, curves)))
 
 
 def _write_text(path: Path, text: str) -> None:
