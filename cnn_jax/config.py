@@ -85,12 +85,17 @@ class ModelConfig:
     name: Literal["simple_cnn", "vgg", "vgg16"] = "simple_cnn"
     """`vgg16` averages the last feature maps to 7x7, as the ImageNet network does."""
     blocks: tuple[tuple[int, ...], ...] = ((50, 50),)
-    """Filters of each 3x3 convolution, a tuple per block; a 2x2 max pool ends each block."""
+    """Filters of each 3x3 convolution, a tuple per block; each block ends by halving the side."""
+    pooling: Literal["max", "average", "stride"] = "max"
+    """How it does: by a 2x2 pool, or by moving the block's last convolution by two pixels."""
     dense: tuple[int, ...] = (512,)
     """Units of each hidden dense layer."""
     activation: Literal["relu", "tanh", "sigmoid"] = "relu"
     dropout: float = 0.0
     """Probability that a hidden dense unit is dropped in training."""
+    initializer: Literal["glorot_uniform", "he_uniform", "narrow_uniform"] = "glorot_uniform"
+    """What kernels are drawn from: U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), sqrt(6 / fan_in)
+    or 0.01."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of the arithmetic; parameters are always float32."""
 

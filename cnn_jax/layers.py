@@ -384,6 +384,27 @@ def adaptive_average_pool(
     return inputs
 
 
+def average_pool(
+    inputs: Float[Array, "batch height width channels"], side: int
+) -> Float[Array, "batch new_height new_width channels"]:
+    """Returns the means of windows of side x side that do not overlap, VALID as nn.avg_pool."""
+    n, height, width, channels = inputs.shape
+    rows, columns = height // side, width // side
+    whole = inputs[:, : rows * side, : columns * side]
+    return jnp.mean(whole.reshape(n, rows, side, columns, side, channels), axis=(2, 4))
+
+
+class AveragePool(nn.Module):
+    """average_pool of 2x2 as a module, so that it has a name in a summary."""
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch new_height new_width channels"]:
+        """Returns the mean of each window and channel."""
+        return average_pool(inputs, 2)
+
+
 class MaxPool(nn.Module):
     """max_pool as a module, so that it has a name in a summary."""
 

@@ -20,6 +20,10 @@ from cnn_jax.stop import Stopped, on_signals
 from cnn_jax.train import TrainState
 
 
+class NotFinite(UserError):
+    """A run whose loss, gradient or state is no longer finite."""
+
+
 @dataclass
 class Progress:
     """What `fit` knows beside the arrays; saved in the record of every checkpoint."""
@@ -36,11 +40,16 @@ class Progress:
 
 
 class Trainer:
-    """One run: a recipe, its data on the device, and the functions of them that the host calls."""
+    """One run: a recipe, its data on the device, and the functions of them that the host calls.
 
-    def __init__(self, config: Config, dataset: ImageDataset) -> None:
+    With `watch_test`, the figures of every epoch include the test set's, for a curve: nothing is
+    chosen by them, and training is the same without.
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset, watch_test: bool = False) -> None:
         self.config = config
         self.dataset = dataset
+        self.watch_test = watch_test
         self.steps_per_epoch = -(-len(dataset.train) // config.train.batch_size)
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self._phases = optim.make_phases(
@@ -274,7 +283,7 @@ def _check_finite(skip: bool, lines: list[dict[str, Any]], state: TrainState) ->
         How many steps were skipped; in their lines nothing is left but step and learning rate.
 
     Raises:
-        UserError: names the first step that is not finite, or the last where none tells.
+        NotFinite: names the first step that is not finite, or the last where none tells.
     """
     figures = ("loss", "grad_norm")
     bad = [x for x in lines if not all(math.isfinite(x[k]) for k in figures if k in x)]
@@ -284,7 +293,7 @@ def _check_finite(skip: bool, lines: list[dict[str, Any]], state: TrainState) ->
             line |= {"loss": None, "accuracy": None, "grad_norm": None, "skipped": True}
         return len(bad)
     line = (bad or lines[-1:])[0]
-    raise UserError(
+    raise NotFinite(
         f"loss {line['loss']:g}, learning rate {line['learning_rate']:g}, gradient norm "
         f"{line['grad_norm']:g} at step {line['step']}: no longer finite, and not saved; lower "
         "optim.learning_rate, or set optim.clip_norm or train.skip_nonfinite"
@@ -304,6 +313,9 @@ def _end_epoch(
         "train_loss": float(sums.loss / sums.count),
         "train_accuracy": float(sums.correct / sums.count),
     }
+    if trainer.watch_test:
+        result = trainer.evaluate(state, trainer.dataset.test)
+        figures |= {"test_loss": result.loss, "test_accuracy": result.accuracy}
     if trainer.dataset.validation is not None:
         result = trainer.evaluate(state, trainer.dataset.validation)
         figures |= {"validation_loss": result.loss, "validation_accuracy": result.accuracy}

@@ -5,14 +5,12 @@ python -m cnn_jax.main --config=NAME [--set=section.field=value ...] [--workdir=
 
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from absl import app, flags
+from absl import flags
 
-from cnn_jax import config, configs
+from cnn_jax import command, config, configs
 from cnn_jax.config import Config
-from cnn_jax.errors import UserError, printable
-from cnn_jax.stop import Stopped
+from cnn_jax.errors import UserError
 
 MODES = (
     "train",
@@ -125,34 +123,8 @@ def default_workdir(wanted: Config, overrides: list[str]) -> str:
 
 
 def run() -> None:
-    """The command: every mistake of the user's is one line on stderr and exit code 2."""
-
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            return flags.FLAGS(argv)
-        except flags.Error as error:
-            _fail(str(error).splitlines()[0])
-        except SystemExit:
-            sys.exit(0)  # absl has printed the help that was asked for, and would exit with 1
-
-    def guarded(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except UserError as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            print("interrupted; nothing was left half done", file=sys.stderr)
-            sys.exit(130)
-        except Stopped as stopped:
-            print(f"{stopped}; the same command resumes", file=sys.stderr)
-            sys.exit(stopped.exit_code)
-
-    app.run(guarded, flags_parser=parse)
-
-
-def _fail(line: str) -> NoReturn:
-    print(f"error: {printable(line)}", file=sys.stderr)
-    sys.exit(2)
+    """The command, as a script of its own."""
+    command.run(main)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,23 @@ def glorot_uniform(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp
     rows at a time, because the random bits of all of vgg1's fc1 would take three times its memory.
     """
     receptive = math.prod(shape[:-2])
-    limit = math.sqrt(6 / (receptive * (shape[-2] + shape[-1])))
+    return _uniform(key, shape, dtype, math.sqrt(6 / (receptive * (shape[-2] + shape[-1]))))
+
+
+def he_uniform(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Returns a kernel [..., in, out] drawn from U(-a, a), a = sqrt(6 / fan_in).
+
+    Of the variance 2 / fan_in that He et al. (2015), equation 10, derive for ReLU.
+    """
+    return _uniform(key, shape, dtype, math.sqrt(6 / math.prod(shape[:-1])))
+
+
+def narrow_uniform(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Returns a kernel drawn from U(-0.01, 0.01), whatever its shape."""
+    return _uniform(key, shape, dtype, 0.01)
+
+
+def _uniform(key: Array, shape: tuple[int, ...], dtype: Any, limit: float) -> Array:
     keys = jax.random.split(key, math.prod(shape[:-1]))
 
     def draw(key: Array) -> Array:
@@ -44,26 +60,46 @@ def glorot_uniform(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any = jnp
     return jax.lax.map(draw, keys, batch_size=_INIT_ROWS).reshape(shape)
 
 
-def _convolution(width: int, dtype: Any, name: str) -> nn.Conv:
+INITIALIZERS: dict[str, Callable[..., Array]] = {
+    "glorot_uniform": glorot_uniform,
+    "he_uniform": he_uniform,
+    "narrow_uniform": narrow_uniform,
+}
+
+
+def _convolution(width: int, stride: int, initializer: str, dtype: Any, name: str) -> nn.Conv:
     return nn.Conv(
         width,
         (3, 3),
+        strides=(stride, stride),
         padding="SAME",
         dtype=dtype,
-        kernel_init=glorot_uniform,
+        kernel_init=INITIALIZERS[initializer],
         conv_general_dilated=layers.conv_general_dilated,
         name=name,
     )
 
 
-def _dense(width: int, dtype: Any, name: str) -> nn.Dense:
+def _dense(width: int, initializer: str, dtype: Any, name: str) -> nn.Dense:
     return nn.Dense(
         width,
         dtype=dtype,
-        kernel_init=glorot_uniform,
+        kernel_init=INITIALIZERS[initializer],
         dot_general=layers.dot_general,
         name=name,
     )
+
+
+def _convolve_and_pool(
+    x: Array, widths: tuple[int, ...], activation: str, pooling: str, initializer: str, dtype: Any
+) -> Array:
+    """Runs `conv1`, `conv2`, ... and `pool` in the module that calls it, and halves the side."""
+    for i, width in enumerate(widths, start=1):
+        stride = 2 if pooling == "stride" and i == len(widths) else 1
+        convolution = _convolution(width, stride, initializer, dtype, f"conv{i}")
+        x = ACTIVATIONS[activation](convolution(x))
+    pools = {"max": layers.MaxPool, "average": layers.AveragePool}
+    return pools[pooling](name="pool")(x) if pooling in pools else x
 
 
 class Classifier(nn.Module):
@@ -75,21 +111,25 @@ class Classifier(nn.Module):
     n_classes: int
     dense: tuple[int, ...]
     activation: str = "relu"
+    pooling: str = "max"
     dropout: float = 0.0
+    initializer: str = "glorot_uniform"
     dtype: Any = jnp.float32
 
     def classify(self, x: Float[Array, "batch height width channels"], train: bool) -> Array:
         """Returns float32 logits [batch, classes] for a batch of feature maps."""
         x = x.reshape((x.shape[0], -1))
         for i, width in enumerate(self.dense, start=1):
-            x = ACTIVATIONS[self.activation](_dense(width, self.dtype, f"fc{i}")(x))
+            dense = _dense(width, self.initializer, self.dtype, f"fc{i}")
+            x = ACTIVATIONS[self.activation](dense(x))
             if self.dropout:
                 x = nn.Dropout(self.dropout, name=f"dropout{i}")(x, deterministic=not train)
-        return _dense(self.n_classes, self.dtype, "head")(x).astype(jnp.float32)
+        head = _dense(self.n_classes, self.initializer, self.dtype, "head")
+        return head(x).astype(jnp.float32)
 
 
 class SimpleCNN(Classifier):
-    """Listing 6-1: convolutions `conv1`, `conv2`, ..., one max pool, then the classifier."""
+    """Listing 6-1: convolutions `conv1`, `conv2`, ..., one pool, then the classifier."""
 
     widths: tuple[int, ...] = (50, 50)
 
@@ -99,24 +139,24 @@ class SimpleCNN(Classifier):
     ) -> Float[Array, "batch classes"]:
         """Returns logits; `train` turns dropout on and needs a "dropout" key."""
         x = images.astype(self.dtype)
-        for i, width in enumerate(self.widths, start=1):
-            x = ACTIVATIONS[self.activation](_convolution(width, self.dtype, f"conv{i}")(x))
-        return self.classify(layers.MaxPool(name="pool")(x), train)
+        settings = self.activation, self.pooling, self.initializer, self.dtype
+        return self.classify(_convolve_and_pool(x, self.widths, *settings), train)
 
 
 class VGGBlock(nn.Module):
-    """3x3 convolutions `conv1`, `conv2`, ... of one resolution, ended by a 2x2 max pool."""
+    """3x3 convolutions `conv1`, `conv2`, ... of one resolution, ended by a 2x2 pool."""
 
     widths: tuple[int, ...]
     activation: str
+    pooling: str
+    initializer: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
-        """Returns feature maps of half the height and width, rounded down."""
-        for i, width in enumerate(self.widths, start=1):
-            x = ACTIVATIONS[self.activation](_convolution(width, self.dtype, f"conv{i}")(x))
-        return layers.MaxPool(name="pool")(x)
+        """Returns feature maps of half the height and width, rounded down; up by a stride."""
+        settings = self.activation, self.pooling, self.initializer, self.dtype
+        return _convolve_and_pool(x, self.widths, *settings)
 
 
 class VGG(Classifier):
@@ -138,8 +178,9 @@ class VGG(Classifier):
                 f"not {height}x{width}"
             )
         x = images.astype(self.dtype)
+        settings = self.activation, self.pooling, self.initializer, self.dtype
         for i, widths in enumerate(self.blocks, start=1):
-            x = VGGBlock(widths, self.activation, self.dtype, name=f"block{i}")(x)
+            x = VGGBlock(widths, *settings, name=f"block{i}")(x)
         if self.grid:
             x = layers.adaptive_average_pool(x, self.grid)
         return self.classify(x, train)
@@ -244,6 +285,8 @@ def build(config: ModelConfig, n_classes: int) -> Classifier:
         "n_classes": n_classes,
         "dense": config.dense,
         "activation": config.activation,
+        "pooling": config.pooling,
+        "initializer": config.initializer,
         "dropout": config.dropout,
         "dtype": jnp.dtype(config.dtype),
     }

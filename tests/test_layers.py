@@ -180,6 +180,15 @@ def test_pool_layer_is_2x2_by_default_and_has_no_parameters():
     np.testing.assert_array_equal(y, nn.max_pool(x, (2, 2), (2, 2)))
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+def test_average_pool_and_its_gradient_equal_those_of_linen(size: tuple[int, int]):
+    x = normal(0, 3, *size, 5)
+    ours = value_and_gradients(lambda x: layers.average_pool(x, 2), x)
+    plain = value_and_gradients(lambda x: nn.avg_pool(x, (2, 2), (2, 2)), x)
+    for actual, expected in zip(ours, plain, strict=True):
+        assert_close(actual, expected, 1e-6)
+
+
 def loss(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.sum(layers.max_pool(fast_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2)) ** 2)
 

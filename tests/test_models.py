@@ -1,5 +1,7 @@
 """The networks: parameter counts of the chapter, layer names, and what each field changes."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,64 @@ def test_kernels_start_glorot_uniform_and_biases_at_zero():
         receptive = int(np.prod(leaf.shape[:-2]))
         limit = np.sqrt(6 / (receptive * (leaf.shape[-2] + leaf.shape[-1])))
         assert 0.85 * limit < np.abs(leaf).max() <= limit, name
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("glorot_uniform", np.sqrt(6 / (27 + 45))),
+        ("he_uniform", np.sqrt(6 / 27)),
+        ("narrow_uniform", 0.01),
+    ],
+)
+def test_the_initializer_sets_the_width_of_every_kernel(name: str, limit: float):
+    kernel = models.INITIALIZERS[name](jax.random.key(0), (3, 3, 3, 5))
+    assert 0.95 * limit < np.abs(kernel).max() <= limit
+    config = ModelConfig(name="vgg", blocks=((4,),), dense=(6,), initializer=name)  # pyright: ignore
+    params = models.build(config, 10).init(jax.random.key(0), IMAGES)["params"]
+    default = models.build(replace(config, initializer="glorot_uniform"), 10)
+    same = default.init(jax.random.key(0), IMAGES)["params"]
+    for layer, leaf in trees.named_leaves(params).items():
+        glorot = np.asarray(trees.named_leaves(same)[layer])
+        differs = name != "glorot_uniform" and layer.endswith("kernel")
+        assert np.array_equal(leaf, glorot) != differs, layer
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "vgg"])
+def test_a_block_ends_as_pooling_says(name: str):
+    """All three halve the side and have the same parameters; only the rest of the block differs."""
+    config = ModelConfig(name=name, blocks=((4, 6),), dense=())  # pyright: ignore
+    prefix = "block1/" if name == "vgg" else ""
+    found = {}
+    for pooling in ("max", "average", "stride"):
+        made = models.summarize(models.build(replace(config, pooling=pooling), 10), (8, 8, 3))
+        found[pooling] = [(r.name.removeprefix(prefix), r.output_shape, r.params) for r in made]
+    assert (
+        found["max"]
+        == found["average"]
+        == [
+            ("conv1", (8, 8, 4), 112),
+            ("conv2", (8, 8, 6), 222),
+            ("pool", (4, 4, 6), 0),
+            ("head", (10,), 970),
+        ]
+    )
+    assert found["stride"] == [
+        ("conv1", (8, 8, 4), 112),
+        ("conv2", (4, 4, 6), 222),
+        ("head", (10,), 970),
+    ]
+
+
+def test_average_pooling_averages_what_max_pooling_takes_the_largest_of():
+    config = ModelConfig(name="simple_cnn", blocks=((4,),), dense=())
+    largest, mean = (models.build(replace(config, pooling=p), 10) for p in ("max", "average"))
+    variables = largest.init(jax.random.key(0), IMAGES)
+    maps = np.asarray(models.layer_input(largest, variables, IMAGES, "pool"))
+    windows = maps.reshape(2, 4, 2, 4, 2, 4)
+    for model, pooled in ((largest, windows.max(axis=(2, 4))), (mean, windows.mean(axis=(2, 4)))):
+        found = models.layer_input(model, variables, IMAGES, "head")
+        np.testing.assert_allclose(found, pooled.reshape(2, -1), atol=1e-7)
 
 
 def test_a_kernel_is_drawn_evenly_and_no_row_twice():

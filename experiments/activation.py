@@ -1,0 +1,22 @@
+"""ReLU, tanh and sigmoid: accuracy, and how many units pass no gradient."""
+
+from experiments import measures
+from experiments.spec import SMALL, Bars, Experiment, small
+
+_LAYERS = ("block1/conv1", "block2/conv1", "block3/conv1", "fc1")
+_MEASURED = tuple(f"{layer} {share}" for layer in _LAYERS for share in ("dead", "flat"))
+_RATES = (0.003, 0.01, 0.03, 0.1)
+_NAMES = ("relu", "tanh", "sigmoid")
+
+EXPERIMENT = Experiment(
+    question="What does the activation function change?",
+    variants={name: small(model={"activation": name}) for name in _NAMES},
+    figure=Bars(tuple(f"{layer} flat" for layer in _LAYERS)),
+    rates=dict.fromkeys(_NAMES, _RATES),
+    columns=("optim.learning_rate", "test_accuracy", "train_accuracy", *_MEASURED),
+    measured=_MEASURED,
+    measure=measures.units,
+    note=SMALL + " An output is flat where the slope of the activation function is under 1% of its "
+    "largest, so that hardly any gradient passes; a unit (in a convolution: a filter) is dead if "
+    "it is flat for 500 training images at every place.",
+)

@@ -1,0 +1,306 @@
+"""What is run and what came of it: runs, their rows and curves, in workdirs and in CSV files.
+
+A row tells everything of a run that a report needs. It is found in the run's workdir or in the
+committed results, and counts only while the config it was made with is the one that is wanted.
+"""
+
+import csv
+import fnmatch
+import functools
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import config, data, models, runs
+from cnn_jax.config import Config, nearest
+from cnn_jax.errors import UserError
+from experiments.spec import TUNING_FRACTION, Experiment
+
+Row = dict[str, Any]
+
+COLUMNS = (
+    "variant",
+    "seed",
+    "config_sha256",
+    "test_accuracy",
+    "test_loss",
+    "train_accuracy",
+    "train_loss",
+    "validation_accuracy",
+    "best_epoch",
+    "epochs",
+    "steps",
+    "param_count",
+    "flops_per_image",
+    "images_per_second",
+    "seconds",
+    "params_sha256",
+)
+SURROUNDINGS = ("data", "device", "versions")
+CURVE = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "test_loss",
+    "test_accuracy",
+)
+# SHA-256 of test images, and what they are called beside a result; the source says where they lie.
+_DATA_NAMES = {
+    "57364becc1e313e9d0642408700f2d3dce05dbdf2d312658433226d9da72f76c": "CIFAR-10 (JPEG copy)"
+}
+_TEXTS = {"variant", "config_sha256", "params_sha256", *SURROUNDINGS}
+
+load_data = functools.lru_cache(maxsize=1)(data.load)
+"""Experiments go through their variants one by one, and most share the images."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant's name and its config, seed included."""
+
+    variant: str
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The name of its workdir."""
+        return f"{self.variant}-seed{self.config.seed}"
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The hash of its config."""
+        return config_sha256(self.config)
+
+
+def config_sha256(wanted: Config) -> str:
+    """Returns 16 hex digits that stand for all that a run depends on.
+
+    Only values that are not the default's play a part, so a field that is added to the config
+    later, with a default that changes nothing, makes no result void.
+    """
+    found, default = config.flatten(wanted), config.flatten(Config())
+    unlike = {
+        name: value
+        for name, value in found.items()
+        if value != default[name] and name != "name" and not name.startswith(config.NOT_OF_A_RUN)
+    }
+    return hashlib.sha256(json.dumps(unlike, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def chosen_variants(experiment: Experiment, pattern: str) -> list[str]:
+    """Returns the variants whose names match an fnmatch pattern, in the order of running.
+
+    Raises:
+        UserError: none does.
+    """
+    names = experiment.order or tuple(experiment.variants)
+    chosen = fnmatch.filter(names, pattern)
+    if not chosen:
+        known = ", ".join(names)
+        raise UserError(f"--only={pattern} matches no variant{nearest(pattern, names)}: {known}")
+    return chosen
+
+
+def tuning_runs(experiment: Experiment, variant: str) -> list[Run]:
+    """Returns the runs that the variant's learning rate is chosen by; none if it is not tuned."""
+    base = experiment.variants[variant]
+    held_out = replace(base.data, validation=TUNING_FRACTION)
+    return [
+        Run(
+            f"{variant}-lr{rate:g}",
+            replace(base, data=held_out, optim=replace(base.optim, learning_rate=rate)),
+        )
+        for rate in experiment.rates.get(variant, ())
+    ]
+
+
+def final_runs(
+    experiment: Experiment, variant: str, seeds: int, tuned: Iterable[Row | None]
+) -> list[Run]:
+    """Returns the variant's run of each seed; none while a row of its `tuning_runs` is missing.
+
+    Raises:
+        UserError: no learning rate gave a finite loss.
+    """
+    base, tuned = experiment.variants[variant], list(tuned)
+    if rates := experiment.rates.get(variant, ()):
+        found = [row for row in tuned if row]
+        if len(found) < len(rates):
+            return []
+        finite = [
+            (row["validation_accuracy"], rate)
+            for row, rate in zip(found, rates, strict=True)
+            if row["validation_accuracy"] is not None
+        ]
+        if not finite:
+            raise UserError(f"{variant}: every learning rate diverged; try smaller ones")
+        _, rate = max(finite, key=lambda pair: pair[0])  # of equals the first, so the smallest
+        base = replace(base, optim=replace(base.optim, learning_rate=rate))
+    return [Run(variant, replace(base, seed=seed)) for seed in range(seeds)]
+
+
+class Store:
+    """The rows and curves of an experiment, from workdirs and from committed results."""
+
+    def __init__(self, experiment: Experiment, workdirs: Path, results: Path) -> None:
+        self.experiment = experiment
+        self._workdirs = workdirs
+        blank = dict.fromkeys((*COLUMNS, *experiment.measured, *SURROUNDINGS))
+        rows = [blank | row for row in read_csv(results / "results.csv")]
+        curves = read_csv(results / "curves.csv")
+        self._committed = {(r["variant"], r["seed"], r["config_sha256"]): r for r in rows}
+        self._curves: dict[tuple[str, int], list[Row]] = {}
+        for line in curves:
+            self._curves.setdefault((line["variant"], line["seed"]), []).append(line)
+
+    @property
+    def seeds(self) -> int:
+        """One more than the largest seed in the committed results."""
+        return 1 + max((int(row["seed"] or 0) for row in self._committed.values()), default=-1)
+
+    def workdir(self, run: Run) -> Path:
+        """Returns the folder that a run is trained in."""
+        return self._workdirs / run.name
+
+    def find(self, run: Run) -> tuple[Row, list[Row]] | None:
+        """Returns a run's row and its lines of the curve, or None if it is not done."""
+        if found := self._in_workdir(run):
+            return found
+        row = self._committed.get((run.variant, run.config.seed, run.sha256))
+        return (row, self._curves.get((run.variant, run.config.seed), [])) if row else None
+
+    def row(self, run: Run) -> Row | None:
+        """Returns a run's row, or None if it is not done."""
+        found = self.find(run)
+        return found[0] if found else None
+
+    def runs(self, variant: str, seeds: int) -> tuple[list[Run], list[Run]]:
+        """Returns the runs that tune a variant, and those of its seeds as far as known."""
+        tuning = tuning_runs(self.experiment, variant)
+        return tuning, final_runs(self.experiment, variant, seeds, map(self.row, tuning))
+
+    def _in_workdir(self, run: Run) -> tuple[Row, list[Row]] | None:
+        workdir = self.workdir(run)
+        path = workdir / "row.json"
+        if path.exists():
+            known = json.loads(path.read_text())
+            row = known["row"]
+            if row["config_sha256"] == run.sha256 and set(self.experiment.measured) <= set(row):
+                return row, known["curve"]
+        if not (workdir / "summary.json").exists() or self.other_config(run):
+            return None
+        return self.keep(run, _summarize(self.experiment, run, workdir), _curve(run, workdir))
+
+    def keep(self, run: Run, row: Row, curve: list[Row]) -> tuple[Row, list[Row]]:
+        """Writes a row and its curve into the run's workdir, and returns them."""
+        runs.write_json(self.workdir(run) / "row.json", {"row": row, "curve": curve})
+        return row, curve
+
+    def keep_diverged(self, run: Run, reason: str) -> None:
+        """Notes that a run has no result because its loss was no longer finite."""
+        row = {name: None for name in (*COLUMNS, *self.experiment.measured)}
+        row |= _identity(run) | _surroundings(run, runs.device(), runs.versions())
+        self.keep(run, row, [])
+        (self.workdir(run) / "diverged.txt").write_text(reason + "\n")
+
+    def other_config(self, run: Run) -> list[str]:
+        """Returns the fields in which a workdir's config differs from the run's."""
+        path = self.workdir(run) / "config.json"
+        return config.differences(config.load(path), run.config) if path.exists() else []
+
+    def state(self, run: Run) -> str:
+        """Says in a few words how far a run is."""
+        if row := self.row(run):
+            return "done" if row["test_accuracy"] is not None else "diverged"
+        if self.other_config(run):
+            return "missing; its workdir is another config's"
+        saved = self.workdir(run) / "checkpoints/latest"
+        steps = [int(p.name) for p in saved.glob("*") if p.name.isdigit()]
+        return f"interrupted at step {max(steps)}" if steps else "missing"
+
+
+def _identity(run: Run) -> Row:
+    return {"variant": run.variant, "seed": run.config.seed, "config_sha256": run.sha256}
+
+
+def _summarize(experiment: Experiment, run: Run, workdir: Path) -> Row:
+    """Returns the row of a finished run, with what the experiment measures on its network."""
+    summary = runs.finished(workdir) or {}
+    image_shape, n_classes = data.describe(run.config.data)
+    layers = models.summarize(models.build(run.config.model, n_classes), image_shape)
+    curve = _curve(run, workdir)
+    row = {
+        **_identity(run),
+        **{name: summary[name] for name in COLUMNS if name in summary and name != "seed"},
+        "validation_accuracy": curve[-1]["validation_accuracy"] if curve else None,
+        "flops_per_image": sum(layer.flops for layer in layers),
+    }
+    measured = {}
+    if experiment.measure:
+        trained = runs.load_trained(workdir, run.config)
+        measured = experiment.measure(trained, load_data(run.config.data))
+    surroundings = _surroundings(run, summary["device"], summary["versions"])
+    return {name: row[name] for name in COLUMNS} | measured | surroundings
+
+
+def _curve(run: Run, workdir: Path) -> list[Row]:
+    """Returns a line an epoch, with None for what was not evaluated."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    identity = {"variant": run.variant, "seed": run.config.seed}
+    return [
+        {**identity, **{name: line.get(name) for name in CURVE}}
+        for line in lines
+        if "epoch" in line
+    ]
+
+
+def _surroundings(run: Run, device: dict[str, Any], versions: dict[str, str]) -> Row:
+    """Returns in words what a run learnt from, what it ran on, and the versions of what ran it."""
+    dataset = load_data(run.config.data)
+    images = hashlib.sha256(dataset.test.images.tobytes()).hexdigest()
+    where = f"{device['count']} x {device['kind']}, {device['cpu_count']} cores"
+    return {
+        "data": _DATA_NAMES.get(images, dataset.source),
+        "device": f"{where} of {platform.machine()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Returns the rows of a file that `write_csv` wrote; none where there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            return [
+                {name: _value(name, text) for name, text in line.items()}
+                for line in csv.DictReader(file)
+            ]
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+
+
+def _value(name: str, text: str) -> Any:
+    if text == "":
+        return None
+    return text if name in _TEXTS else json.loads(text)
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
+    """Writes those columns as a whole or not at all; None is an empty cell, floats keep bits."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)

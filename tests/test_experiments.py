@@ -1,0 +1,605 @@
+"""Experiments: what is missing is trained, what is done is not, and what the report says of it."""
+
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from rich.console import Console
+from test_train import edit
+
+from cnn_jax import config as configuration
+from cnn_jax import loop, models, runs
+from cnn_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from cnn_jax.data import ImageDataset
+from cnn_jax.errors import UserError
+from cnn_jax.stop import Stopped
+from experiments import measures, plots, report, rows, run, runner
+from experiments.rows import Store
+from experiments.spec import (
+    AgainstField,
+    AgainstMeasured,
+    Bars,
+    Curves,
+    Experiment,
+)
+
+# 20 digits of each class in batches of 32: seven steps an epoch.
+BASE = Config(
+    data=DataConfig(image_size=8, images_per_class=20),
+    model=ModelConfig(name="vgg", blocks=((4,),), dense=()),
+    optim=OptimConfig(learning_rate=0.1),
+    train=TrainConfig(epochs=2, batch_size=32, segment_steps=2),
+)
+SHORTER = edit(BASE, train={"epochs": 1})
+
+
+def count_classes(trained: runs.TrainedModel, dataset: ImageDataset) -> dict[str, float]:
+    return {"tenth": len(trained.class_names) / 100, "images": len(dataset.train) / 1000}
+
+
+EXPERIMENT = Experiment(
+    question="Does a second epoch help?",
+    variants={"one": SHORTER, "two": BASE},
+    figure=Curves(),
+    seeds=2,
+    order=("two", "one"),
+    columns=("test_accuracy", "train.epochs", "tenth"),
+    measured=("tenth", "images"),
+    measure=count_classes,
+    watch_test=True,
+    reference={"two": 0.8},
+    note="Few images.",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_variants() -> Iterator[None]:
+    """Keeps the programs that variants share: these few leave room for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "clear_caches", lambda: None)
+        yield
+
+
+def train(store: Store, variants: list[str], seeds: int = 2) -> str:
+    """Trains what is missing and returns what was shown, without a terminal."""
+    console = Console(width=120)
+    with console.capture() as capture, runner.Board(console) as board:
+        runner.train_missing(store, variants, seeds, board)
+    return capture.get()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the workdirs of all runs, and the report in `results`."""
+    folder = tmp_path_factory.mktemp("trained")
+    store = Store(EXPERIMENT, folder / "runs", folder / "results")
+    train(store, ["two", "one"])
+    report.write("try", store, 2, folder / "results")
+    return folder
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes every training an error."""
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "run", lambda *_: pytest.fail("something was trained again"))
+        yield
+
+
+def states(store: Store, variant: str, seeds: int = 2) -> list[str]:
+    return [store.state(run) for part in store.runs(variant, seeds) for run in part]
+
+
+def hashes(store: Store, variant: str) -> list[str]:
+    return [row["params_sha256"] for run in store.runs(variant, 2)[1] if (row := store.row(run))]
+
+
+def test_rows_tell_what_the_runs_found(trained: Path):
+    written = rows.read_csv(trained / "results/results.csv")
+    assert [(row["variant"], row["seed"], row["epochs"]) for row in written] == [
+        ("one", 0, 1),
+        ("one", 1, 1),
+        ("two", 0, 2),
+        ("two", 1, 2),
+    ]
+    for row in written:
+        summary = runs.finished(trained / f"runs/{row['variant']}-seed{row['seed']}")
+        assert summary is not None
+        for name in ("test_accuracy", "test_loss", "train_accuracy", "seconds", "params_sha256"):
+            assert row[name] == summary[name], name
+        assert (row["steps"], row["param_count"]) == (7 * row["epochs"], 4 * 28 + 10 * 65)
+        assert row["flops_per_image"] == 2 * (8 * 8 * 27 * 4 + 64 * 10)
+        assert (row["tenth"], row["images"]) == (0.1, 0.2)
+        assert row["validation_accuracy"] is None
+        assert row["data"] == "scikit-learn load_digits, scaled to 8x8x3"
+        assert "jax" in row["versions"]
+    assert len({row["params_sha256"] for row in written}) == 4
+
+
+def test_curves_have_train_and_test_of_every_epoch(trained: Path):
+    curves = rows.read_csv(trained / "results/curves.csv")
+    found = [(line["variant"], line["seed"], line["epoch"]) for line in curves]
+    assert found == [("one", 0, 1), ("one", 1, 1), *(("two", s, e) for s in (0, 1) for e in (1, 2))]
+    row = rows.read_csv(trained / "results/results.csv")[2]
+    assert curves[3]["test_accuracy"] == row["test_accuracy"] != curves[2]["test_accuracy"]
+    assert curves[3]["train_accuracy"] == row["train_accuracy"]
+    assert curves[3]["validation_accuracy"] is None
+
+
+def test_nothing_is_chosen_by_watching_the_test_set(trained: Path, tmp_path: Path):
+    """Same bits as without, no checkpoint of the best, no best epoch."""
+    (run, _) = Store(EXPERIMENT, trained / "runs", tmp_path).runs("two", 2)[1]
+    dataset = rows.load_data(BASE.data)
+    with runs.claim(tmp_path / "plain", run.config):
+        trainer = loop.Trainer(run.config, dataset)
+        plain = runs.run(trainer, tmp_path / "plain", lambda path: quiet_log(run, path))
+    summary = runs.finished(trained / "runs/two-seed0")
+    assert summary is not None
+    assert plain["params_sha256"] == summary["params_sha256"]
+    assert summary["best_epoch"] is None
+    assert not list((trained / "runs/two-seed0/checkpoints/best").iterdir())
+    assert "test_accuracy" not in (tmp_path / "plain/metrics.jsonl").read_text()
+
+
+def quiet_log(run: rows.Run, path: Path) -> runner.BoardLog:
+    return runner.BoardLog(run, runner.Board(Console(quiet=True)), path)
+
+
+@pytest.mark.usefixtures("untrained")
+def test_finished_workdirs_are_not_trained_again(trained: Path, tmp_path: Path):
+    store = Store(EXPERIMENT, trained / "runs", tmp_path)
+    assert states(store, "one") == states(store, "two") == ["done", "done"]
+    shown = train(store, ["two", "one"])
+    assert [line.split()[:2] for line in shown.splitlines()] == [
+        ["two", "0"],
+        ["two", "1"],
+        ["one", "0"],
+        ["one", "1"],
+    ]
+
+
+@pytest.mark.usefixtures("untrained")
+def test_committed_results_are_not_trained_again(trained: Path, tmp_path: Path):
+    """A fresh clone has no workdirs; its report is the same, byte by byte."""
+    store = Store(EXPERIMENT, tmp_path / "none", trained / "results")
+    assert states(store, "two") == ["done", "done"]
+    train(store, ["two", "one"])
+    assert not (tmp_path / "none").exists()
+    report.write("try", store, 2, tmp_path / "again")
+    for name in ("results.csv", "curves.csv", "results.md", "about.json", "try.png"):
+        again, before = (tmp_path / "again" / name), (trained / "results" / name)
+        assert again.read_bytes() == before.read_bytes(), name
+
+
+def test_results_of_another_config_do_not_count(trained: Path, tmp_path: Path):
+    changed = edit(BASE, optim={"learning_rate": 0.2})
+    other = replace(EXPERIMENT, variants={"one": SHORTER, "two": changed})
+    store = Store(other, tmp_path / "none", trained / "results")
+    assert states(store, "two") == ["missing", "missing"]
+    assert states(store, "one") == ["done", "done"]
+    store = Store(other, trained / "runs", tmp_path)
+    assert states(store, "two") == ["missing; its workdir is another config's"] * 2
+    with pytest.raises(UserError, match=r"optim.learning_rate: 0.1 -> 0.2\); remove it, or choose"):
+        train(store, ["two"])
+
+
+def test_a_summary_without_a_row_is_enough(trained: Path, tmp_path: Path):
+    """What a kill between the end of training and the row leaves behind."""
+    store = Store(EXPERIMENT, trained / "runs", tmp_path)
+    (run, _) = store.runs("one", 2)[1]
+    before = store.find(run)
+    (trained / "runs/one-seed0/row.json").unlink()
+    assert store.find(run) == before
+
+
+def test_an_interrupted_run_is_resumed_with_the_same_bits(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = Store(EXPERIMENT, tmp_path / "runs", tmp_path / "results")
+    segment = runner.BoardLog.segment
+
+    def interrupt(self: Any, lines: list[dict[str, Any]], images_per_second: float) -> None:
+        segment(self, lines, images_per_second)
+        if lines[-1]["step"] == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runner.BoardLog, "segment", interrupt)
+    with pytest.raises(Stopped) as stopped:
+        train(store, ["two"])
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert states(store, "two") == ["interrupted at step 9", "missing"]
+    monkeypatch.undo()
+    train(store, ["two"])
+    assert states(store, "two") == ["done", "done"]
+    assert hashes(store, "two") == hashes(Store(EXPERIMENT, trained / "runs", tmp_path), "two")
+
+
+TUNED = Experiment(
+    question="?",
+    variants={"a": SHORTER},
+    figure=Bars(),
+    seeds=1,
+    rates={"a": (0.001, 0.05, 0.1, 1e38)},
+    columns=("optim.learning_rate", "test_accuracy"),
+)
+
+
+def test_a_rate_is_chosen_by_the_first_best_validation_accuracy():
+    def chosen(*accuracies: float | None) -> float:
+        found = [row("a", 0, 0.9, validation_accuracy=accuracy) for accuracy in accuracies]
+        (final,) = rows.final_runs(TUNED, "a", 1, found)
+        assert final.config == edit(
+            SHORTER, optim={"learning_rate": final.config.optim.learning_rate}
+        )
+        return final.config.optim.learning_rate
+
+    assert chosen(0.3, 0.6, 0.5, None) == 0.05
+    assert chosen(0.3, 0.6, 0.6, 0.1) == 0.05
+    assert chosen(None, None, None, 0.0) == 1e38
+    assert rows.final_runs(TUNED, "a", 1, [row("a", 0, 0.9, validation_accuracy=0.1), None]) == []
+    with pytest.raises(UserError, match="a: every learning rate diverged"):
+        chosen(None, None, None, None)
+
+
+def test_tuning_comes_first_and_a_diverged_run_is_told(tmp_path: Path):
+    tuning = rows.tuning_runs(TUNED, "a")
+    assert {run.config.data.validation for run in tuning} == {0.1}
+    known = [
+        row(run.variant, 0, 0.9, validation_accuracy=x, config_sha256=run.sha256)
+        for run, x in zip(tuning, (0.2, 0.3, 0.4), strict=False)
+    ]
+    rows.write_csv(tmp_path / "results.csv", known[0], known)
+    store = Store(TUNED, tmp_path / "runs", tmp_path)
+    assert states(store, "a", 1) == ["done", "done", "done", "missing"]
+    assert "no longer finite" in train(store, ["a"], seeds=1)
+    assert states(store, "a", 1) == ["done", "done", "done", "diverged", "done"]
+    report.write("tuned", store, 1, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert re.search(r"^\| a \| 1 \| 0\.1 \| \d+\.\d \|$", text, re.MULTILINE)
+    assert "| a | 0.1 | 40.0 |\n| a | 1e+38 | diverged |" in text
+    store = Store(TUNED, tmp_path / "none", tmp_path)
+    assert states(store, "a", 1) == ["done", "done", "done", "diverged", "done"]
+
+
+def test_a_damaged_file_of_results_is_one_line(tmp_path: Path):
+    (tmp_path / "results.csv").write_text("variant,seed\na,0,x\n")
+    with pytest.raises(UserError, match=r"results.csv can't be read"):
+        Store(EXPERIMENT, tmp_path, tmp_path)
+    (tmp_path / "results.csv").write_text("variant,seed\na,x\n")
+    with pytest.raises(UserError, match=r"results.csv can't be read"):
+        Store(EXPERIMENT, tmp_path, tmp_path)
+
+
+def row(variant: str, seed: int, accuracy: float | None, **others: Any) -> rows.Row:
+    made = EXPERIMENT.variants.get(variant, BASE)
+    blank = dict.fromkeys((*rows.COLUMNS, *rows.SURROUNDINGS, "tenth", "images"))
+    sha256 = rows.config_sha256(replace(made, seed=seed))
+    known = {"data": "digits", "device": "1 x cpu", "versions": "jax 1", "seconds": 1.25}
+    return (
+        blank
+        | known
+        | {
+            "variant": variant,
+            "seed": seed,
+            "config_sha256": sha256,
+            "test_accuracy": accuracy,
+            **others,
+        }
+    )
+
+
+def test_the_table_has_mean_and_standard_deviation(tmp_path: Path):
+    """Of 40, 50 and 75 percent: mean 55, deviation sqrt((225 + 25 + 400) / 2) = 18.03."""
+    found = [row("one", seed, x, tenth=0.1) for seed, x in enumerate((0.4, 0.5, 0.75))]
+    found.append(row("two", 1, 0.8125, tenth=0.2))
+    rows.write_csv(tmp_path / "results.csv", found[0], found)
+    store = Store(EXPERIMENT, tmp_path / "none", tmp_path)
+    assert store.seeds == 3
+    report.write("try", store, 3, tmp_path)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert lines[:3] == ["# Does a second epoch help?", "", "Few images."]
+    assert "no setting was chosen by them" in lines[4]
+    assert lines[6:10] == [
+        "| variant | seeds | test accuracy, % | epochs | tenth, % "
+        "| the chapter's test accuracy, % |",
+        "|---|---|---|---|---|---|",
+        "| one | 3 | 55.0 ± 18.0 | 1 | 10.0 ± 0.0 |  |",
+        "| two | 1 of 3, the others missing | 81.2 | 2 | 20.0 | 80.0 |",
+    ]
+    assert lines[-5:] == [
+        "Made by `python -m experiments.run try run --seeds=3`, then "
+        "`python -m experiments.run try report --seeds=3`.",
+        "",
+        "- data: digits",
+        "- device: 1 x cpu",
+        "- versions: jax 1",
+    ]
+
+
+def test_a_report_before_any_run_says_missing(tmp_path: Path):
+    report.write("try", Store(EXPERIMENT, tmp_path / "none", tmp_path), 2, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| two | 0 of 2, the others missing | missing | 2 | missing | 80.0 |" in text
+    assert not (tmp_path / "try.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "text"),
+    [
+        ("test_accuracy", [0.4, 0.5, 0.75], "55.0 ± 18.0"),
+        ("test_accuracy", [0.4], "40.0"),
+        ("test_accuracy", [], "missing"),
+        ("test_accuracy", [None, None], "diverged"),
+        ("test_accuracy", [0.4, None, 0.5], "45.0 ± 7.1 (1 diverged)"),
+        ("test_loss", [1.0, 2.0], "1.500 ± 0.707"),
+        ("param_count", [83_973_962, 83_973_962], "83,973,962 ± 0"),
+        ("flops_per_image", [2_500_000], "2.5"),
+    ],
+)
+def test_cells(column: str, values: list[float | None], text: str):
+    assert report.cell(column, values) == text
+
+
+def test_the_hash_stands_for_what_a_run_depends_on():
+    assert rows.config_sha256(BASE) == "cfa549b16133190d"
+    same = replace(edit(BASE, data={"dir": "/elsewhere"}), name="other")
+    assert rows.config_sha256(same) == rows.config_sha256(BASE)
+    for changed in (replace(BASE, seed=1), edit(BASE, train={"epochs": 3})):
+        assert rows.config_sha256(changed) != rows.config_sha256(BASE)
+
+
+def test_only_chooses_variants_in_the_order_of_running():
+    assert rows.chosen_variants(EXPERIMENT, "*") == ["two", "one"]
+    assert rows.chosen_variants(EXPERIMENT, "o*") == ["one"]
+    with pytest.raises(UserError) as caught:
+        rows.chosen_variants(EXPERIMENT, "tow")
+    assert str(caught.value) == "--only=tow matches no variant (did you mean two?): two, one"
+
+
+def test_the_command_lists_runs_and_reports(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    module = SimpleNamespace(EXPERIMENT=EXPERIMENT)
+    monkeypatch.setitem(sys.modules, "experiments.try", module)
+    monkeypatch.setattr(run, "EXPERIMENTS", ("try",))
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr("cnn_jax.modes.set_up_jax", lambda _: None)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/try").symlink_to(trained / "runs")
+    flags.FLAGS.mark_as_parsed()
+    given = {"runs": str(tmp_path / "runs"), "seeds": 1}
+    with flagsaver.flagsaver(**given, only="t*"):
+        run.main(["run.py", "try", "list"])
+        listed = capsys.readouterr().out
+        run.main(["run.py", "try", "run"])
+    assert "│ two     │ 0    │ done" in listed and "│ one" not in listed
+    assert capsys.readouterr().out.startswith("two 0 2 ")
+    with flagsaver.flagsaver(**given):
+        run.main(["run.py", "try", "report"])
+    assert (tmp_path / "try/results.md").read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
+    assert len(rows.read_csv(tmp_path / "try/results.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["chaptre", "list"], "unknown experiment chaptre (did you mean chapter?); known: chapter"),
+        (["chapter", "rnu"], "rnu: expected list|run|report (did you mean run?)"),
+        (["chapter"], "expected NAME and one of list|run|report"),
+    ],
+)
+def test_a_typo_is_one_line(arguments: list[str], line: str):
+    with pytest.raises(UserError) as caught:
+        run.main(["run.py", *arguments])
+    assert str(caught.value).startswith(line)
+
+
+def test_the_command_itself_ends_with_2_for_a_typo(tmp_path: Path):
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.run", "chapter", "list", "--onyl=vgg*"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: Unknown command line flag 'onyl'. Did you mean: only")
+    assert result.stderr.count("\n") == 1
+
+
+def test_on_a_terminal_the_table_grows():
+    console = Console(width=100, height=10, force_terminal=True, color_system=None)
+    with console.capture() as capture, runner.Board(console) as board:
+        board.now("two-seed0: step 9")
+        for seed in range(4):
+            board.add(row("two", seed, 0.5, epochs=2, train_accuracy=0.75))
+    shown = capture.get()
+    assert "two-seed0: step 9" in shown
+    last = shown[shown.rindex("variant") :]
+    assert last.count("│ two ") == 4, "the finished table has all rows"
+    assert "50.00%" in last and "75.00%" in last
+
+
+NAMES = run.EXPERIMENTS
+
+
+def loaded(name: str) -> Experiment:
+    return importlib.import_module(f"experiments.{name}").EXPERIMENT
+
+
+def test_every_file_of_an_experiment_is_known():
+    folder = Path(run.__file__).parent
+    files = {path.stem for path in folder.glob("*.py") if "\nEXPERIMENT = " in path.read_text()}
+    assert files == set(NAMES)
+    assert run.__doc__ is not None
+    assert all(name in run.__doc__ for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_is_whole(name: str):
+    experiment = loaded(name)
+    assert set(experiment.order or experiment.variants) == set(experiment.variants)
+    assert set(experiment.rates) <= set(experiment.variants)
+    assert experiment.seeds >= (1 if name == "chapter" else 3)
+    assert isinstance(experiment.figure, Curves) == experiment.watch_test
+    known = {*rows.COLUMNS, *experiment.measured, *configuration.flatten(Config())}
+    shown = set(experiment.columns)
+    if isinstance(experiment.figure, Bars | AgainstMeasured):
+        shown |= set(experiment.figure.columns)
+    if isinstance(experiment.figure, AgainstField):
+        shown.add(experiment.figure.name)
+    assert shown <= known
+    planned = [made for v in experiment.variants for made in rows.tuning_runs(experiment, v)]
+    planned += [rows.Run(variant, made) for variant, made in experiment.variants.items()]
+    assert len({run.sha256 for run in planned}) == len({run.name for run in planned})
+    for wanted in planned:
+        assert configuration.from_dict(configuration.to_dict(wanted.config)) == wanted.config
+        assert wanted.config.data.name == "cifar10"
+    for model in {wanted.config.model for wanted in planned}:
+        assert models.summarize(models.build(model, 10), (32, 32, 3))
+
+
+def test_the_chapter_runs_in_the_chapter_s_settings():
+    found = {
+        name: (made.train.epochs, made.train.batch_size, made.model.dropout)
+        for name, made in loaded("chapter").variants.items()
+    }
+    assert found == {
+        "simple_cnn": (3, 64, 0.0),
+        "vgg1": (20, 64, 0.0),
+        "vgg2": (10, 64, 0.0),
+        "vgg3": (10, 64, 0.0),
+        "vgg_dropout": (10, 64, 0.5),
+        "vgg_dropout_30": (30, 64, 0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("activation", "outputs", "dead", "flat"),
+    [
+        ("relu", [[0, 0, 2], [0, 1, 3]], 1 / 3, 3 / 6),
+        ("tanh", [[0.999, 0.992, -0.999], [-0.999, 0.999, 0]], 1 / 3, 4 / 6),
+        ("sigmoid", [[0.001, 0.5, 0.999], [0.001, 0.01, 0.9]], 1 / 3, 3 / 6),
+    ],
+)
+def test_dead_units_and_flat_outputs(activation: str, outputs: list, dead: float, flat: float):
+    found = np.array(outputs)
+    assert measures.dead_and_flat(found, activation) == (dead, flat)
+    # Of a convolution's outputs a unit is dead if it is at every place.
+    assert measures.dead_and_flat(found.reshape(1, 2, 1, 3), activation) == (dead, flat)
+
+
+def test_units_are_counted_for_every_layer_but_the_head():
+    model = models.build(BASE.model, 10)
+    images = rows.load_data(BASE.data).train.images
+    variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    bias = np.array([-100, 0, 0, 0], np.float32)
+    variables["params"]["block1"]["conv1"]["bias"] = bias
+    trained = runs.TrainedModel(BASE, model, variables, tuple("0123456789"), (8, 8, 3), 0)
+    found = measures.units(trained, rows.load_data(BASE.data))
+    assert list(found) == ["block1/conv1 dead", "block1/conv1 flat"]
+    assert found["block1/conv1 dead"] == 0.25
+    kernel = variables["params"]["block1"]["conv1"]["kernel"]
+    inputs = np.pad(images / 255, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(inputs, (3, 3), axis=(1, 2))
+    outputs = np.einsum("nhwcij,ijco->nhwo", windows, kernel) + bias.reshape(1, 1, 1, 4)
+    np.testing.assert_allclose(found["block1/conv1 flat"], np.mean(outputs <= 0), atol=1e-3)
+
+
+def test_shifts_move_and_reflect():
+    image = np.arange(9, dtype=np.uint8).reshape(1, 3, 3, 1)
+    assert measures.shift(image, 1, 0).reshape(3, 3).tolist() == [[3, 4, 5], [0, 1, 2], [3, 4, 5]]
+    assert measures.shift(image, 0, -1).reshape(3, 3).tolist() == [[1, 2, 1], [4, 5, 4], [7, 8, 7]]
+    np.testing.assert_array_equal(measures.shift(image, 0, 0), image)
+
+
+def test_rotations_turn_counter_clockwise_about_the_centre():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(measures.rotate(images, 0), images)
+    np.testing.assert_array_equal(measures.rotate(images, 90), np.rot90(images, 1, axes=(1, 2)))
+    np.testing.assert_array_equal(measures.rotate(images, 180), images[:, ::-1, ::-1])
+    constant = np.full((1, 8, 8, 3), 77, np.uint8)
+    np.testing.assert_array_equal(measures.rotate(constant, 30), constant)
+
+
+def test_accuracies_of_changed_images_are_means_over_directions(dataset: ImageDataset):
+    """A network that says 1 where the first row of pixels is as it was, and else 0."""
+    first = dataset.test.images[:, 0]
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        same = (images[:, 0] == first).all(axis=(1, 2)).astype(int)
+        return np.eye(3)[same]
+
+    ones = replace(dataset, test=replace(dataset.test, labels=np.ones(10, np.int32)))
+    trained: Any = SimpleNamespace(logits=logits)
+    shifted = measures.shifted(trained, replace(ones, test=ones.test))
+    assert shifted["shift 0"] == 1.0
+    assert shifted["shift 1"] == 0.0
+    assert list(shifted) == list(loaded("translation").measured)
+    rotated = measures.rotated(trained, ones)
+    assert (rotated["0 degrees"], rotated["90 degrees"]) == (1.0, 0.0)
+    assert list(rotated) == list(loaded("rotation").measured)
+
+
+def test_the_activation_experiment_names_the_layers_of_its_network():
+    made = loaded("activation").variants["relu"].model
+    layers = [r.name for r in models.summarize(models.build(made, 10), (32, 32, 3)) if r.params]
+    expected = tuple(f"{layer} {share}" for layer in layers[:-1] for share in ("dead", "flat"))
+    assert loaded("activation").measured == expected
+
+
+def test_means_leave_out_what_is_missing():
+    values = np.array([[0.4, 0.5, 0.75], [0.5, np.nan, np.nan], [np.nan] * 3])
+    means, deviations = plots.mean_and_std(values)
+    np.testing.assert_allclose(means, [0.55, 0.5, np.nan], rtol=1e-12)
+    np.testing.assert_allclose(deviations, [0.18027756377319948, 0, 0], rtol=1e-12)
+
+
+def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
+    values = np.array([[0.4, 0.6], [0.2, 0.2]])
+    lines = plots.lines({"a": (np.array([2.0, 1.0]), values)}, x_label="x", y_label="y")
+    (line,) = lines.axes[0].lines
+    np.testing.assert_allclose(np.asarray(line.get_xydata()), [[1, 0.2], [2, 0.5]])
+    bars = plots.bars(["a", "b"], {"test": values, "train": values + 0.1})
+    heights = [patch.get_height() for patch in bars.axes[0].patches]  # pyright: ignore
+    np.testing.assert_allclose(heights, [0.5, 0.2, 0.6, 0.3])
+    curves = plots.learning_curves({"a": (np.array([0.1, 0.2]), np.array([0.3, 0.4]))})
+    for axes, expected in zip(curves.axes, ([0.1, 0.2], [0.3, 0.4]), strict=True):
+        np.testing.assert_allclose(np.asarray(axes.lines[0].get_ydata()), expected)
+    for figure in (lines, bars, curves):
+        figure.savefig(tmp_path / "figure.png")
+
+
+def test_points_of_a_line_are_found_by_name_and_field(tmp_path: Path):
+    variants = {
+        f"{line}-{size}": edit(BASE, train={"batch_size": size})
+        for line in "ab"
+        for size in (16, 32)
+    }
+    figure = AgainstField("train.batch_size", "batch", logarithmic=True)
+    experiment = Experiment("?", variants, figure, seeds=1)
+    store = Store(experiment, tmp_path / "none", tmp_path)
+    final = {name: store.runs(name, 1)[1] for name in variants}
+    found = {
+        n: row("one", 0, 0.1 * i) | {"variant": n, "config_sha256": final[n][0].sha256}
+        for i, n in enumerate(variants)
+    }
+    rows.write_csv(tmp_path / "results.csv", found["a-16"], found.values())
+    axes = report.draw(Store(experiment, tmp_path / "none", tmp_path), final, []).axes[0]
+    data = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
+    assert data["a"] == [[16, 0.0], [32, 0.1]]
+    np.testing.assert_allclose(data["b"], [[16, 0.2], [32, 0.3]])
+    assert axes.get_xlabel() == "batch"
