@@ -92,7 +92,7 @@ def test_layer_inputs_are_past_the_activation_and_continue_to_the_logits(dataset
     assert head.shape == (10, 8)
     assert head.min() == 0
     params = variables["params"]["head"]
-    expected = evaluate.logits(model, variables, images, **UNIT)
+    expected = evaluate.logits(model, variables, images, **UNIT, test_time="none")
     np.testing.assert_allclose(
         head @ params["kernel"] + np.asarray(params["bias"])[None], expected, atol=1e-5
     )

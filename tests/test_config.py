@@ -116,7 +116,8 @@ def test_overrides_apply_in_order_and_are_checked_as_a_whole() -> None:
         ("train.epochs.x=1", "train.epochs is a value, not a section"),
         (
             "augment=1",
-            "augment is a section; set one of its fields: flip, translate, cutout",
+            "augment is a section; set one of its fields: flip, alternate_flip, translate, "
+            "cutout, test_time",
         ),
         ("seed=x", "seed=x: expected int"),
         ("seed=1.5", "seed=1.5: expected int"),
@@ -330,7 +331,7 @@ def test_all_fields_can_be_set() -> None:
         ({"x": 1}, "config fields missing or unknown: x"),
         ({"data": 5}, "data must be an object of fields"),
         ({"seed": "a"}, "seed=a: expected int"),
-        ({"augment": {"flip": True}}, "config fields missing or unknown: augment.cutout, "),
+        ({"augment": {"flip": True}}, "config fields missing or unknown: augment.alternate_flip, "),
         ({"train": None}, "train must be an object of fields"),
     ],
 )

@@ -34,13 +34,13 @@ def test_the_first_full_match_wins():
 def test_groups_that_do_not_divide_up_the_parameters_list_both_sides():
     groups = (("head/.*", 1.0), ("haed/.*", 0.5), ("head/kernel", 0.1), ("block1/.*/bias", None))
     with pytest.raises(UserError) as caught:
-        optim.check_groups(groups, NAMES)
+        optim.check_groups("optim.groups", groups, NAMES)
     assert str(caught.value) == (
         "optim.groups: parameters that no pattern matches: block1/conv1/kernel; "
         "patterns that are the first to match nothing: haed/.*, head/kernel"
     )
-    optim.check_groups(HEAD, NAMES)
-    optim.check_groups((), NAMES)
+    optim.check_groups("optim.groups", HEAD, NAMES)
+    optim.check_groups("optim.groups", (), NAMES)
 
 
 def test_groups_are_checked_before_the_first_step(tiny: Config, dataset: ImageDataset):
@@ -66,7 +66,9 @@ def test_frozen_parameters_keep_their_bits(tiny: Config, dataset: ImageDataset, 
     images, labels = dataset.train.images[:8], dataset.train.labels[:8]
     batch = train.Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(8))
     alone, *_ = train.train_step(trainer.recipe, trainer.init(), batch, jax.random.key(0))
-    for params in (state.params, state.ema_params, alone.params, alone.ema_params):
+    assert list(leaves(state.average["params"])) == ["head/bias", "head/kernel"]
+    evaluated = [s.eval_variables["params"] for s in (state, alone)]
+    for params in (state.params, alone.params, *evaluated):
         for leaf_name, leaf in leaves(params).items():
             same = np.array_equal(leaf, before[leaf_name])
             assert same == (not leaf_name.startswith("head/")), leaf_name
