@@ -50,3 +50,23 @@ def test_most_wrong_are_those_whose_label_was_least_likely():
     labels = np.array([1, 1, 1, 1, 0])
     np.testing.assert_array_equal(evaluate.most_wrong(probabilities, labels, 3), [3, 0, 4])
     assert len(evaluate.most_wrong(probabilities, labels, 9)) == 4
+
+
+def test_logits_at_test_time_are_the_weighted_mean_over_views():
+    variables = MODEL.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+
+    def look(images: np.ndarray) -> np.ndarray:
+        return evaluate.logits(MODEL, variables, images, **ONE_VIEW)
+
+    def both(images: np.ndarray) -> np.ndarray:
+        return (look(images) + look(images[:, :, ::-1])) / 2
+
+    padded = np.pad(IMAGES, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    moved = (both(padded[:, :8, :8]) + both(padded[:, 2:, 2:])) / 2
+    for test_time, expected in (
+        ("mirror", both(IMAGES)),
+        ("mirror_translate", (both(IMAGES) + moved) / 2),
+    ):
+        found = evaluate.logits(MODEL, variables, IMAGES, **UNIT, test_time=test_time)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert not np.allclose(found, look(IMAGES), atol=1e-4)
