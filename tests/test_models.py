@@ -1,5 +1,7 @@
 """The networks: parameter counts of the chapter, layer names, and what each field changes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,8 +199,13 @@ AIRBENCH = ModelConfig(name="airbench", blocks=((4, 6), (5,)), dense=(), activat
 WIDE = jax.random.uniform(jax.random.key(1), (3, 14, 14, 3))
 
 
+@functools.cache
+def airbench_start() -> dict:
+    return jax.jit(models.build(AIRBENCH, 10).init)(jax.random.key(0), WIDE)
+
+
 def test_airbench_starts_as_pytorch_does_with_an_identity_in_each_group():
-    variables = jax.jit(models.build(AIRBENCH, 10).init)(jax.random.key(0), WIDE)
+    variables = airbench_start()
     params = trees.named_leaves(variables["params"])
     fan_in = {"whiten/kernel": 12, "whiten/bias": 12, "head/kernel": 5}
     fan_in |= {"group1/conv1/kernel": 216, "group1/conv2/kernel": 36, "group2/conv1/kernel": 54}
@@ -252,8 +259,7 @@ def airbench_by_hand(variables: dict, train: bool) -> tuple[np.ndarray, dict]:
 
 @pytest.mark.parametrize("train", [False, True])
 def test_airbench_equals_the_network_written_out(train: bool):
-    model = models.build(AIRBENCH, 10)
-    variables = jax.jit(model.init)(jax.random.key(0), WIDE)
+    model, variables = models.build(AIRBENCH, 10), airbench_start()
     # Biases and statistics start at 0 and 1, with which much could be wrong unnoticed.
     variables = jax.tree.map(
         lambda x: x + 0.3 * np.random.default_rng(x.size).random(x.shape, np.float32), variables

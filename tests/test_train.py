@@ -188,16 +188,19 @@ def test_lookahead_goes_on_from_the_average_and_evaluates_it(tiny: Config, datas
     trainer = loop.Trainer(edit(normed(tiny), train={"lookahead_steps": 2}), dataset)
     plain = loop.Trainer(normed(tiny), dataset)
 
-    def leaves(state: train.TrainState) -> list[dict[str, np.ndarray]]:
-        live = {"params": state.params, "batch_stats": state.batch_stats}
-        return [trees.named_leaves(tree) for tree in (live, state.eval_variables)]
+    def leaves(trainer: loop.Trainer) -> list[tuple[dict[str, np.ndarray], ...]]:
+        """What is trained and what is evaluated, by name, after 0 to 3 steps."""
+        state, found = trainer.init(), []
+        trainer.compile(state)
+        for _ in range(4):
+            live = {"params": state.params, "batch_stats": state.batch_stats}
+            both = jax.tree.map(np.array, (live, state.eval_variables))
+            found.append(tuple(map(trees.named_leaves, both)))
+            state, _ = trainer.run_segment(state, 1)
+        return found
 
-    start, _ = leaves(plain.init())
-    one, average_of_one = leaves(run(trainer, 1)[0])
-    two, average_of_two = leaves(run(trainer, 2)[0])
-    three, average_of_three = leaves(run(trainer, 3)[0])
-    after, _ = leaves(run(plain, 2)[0])
-    first, _ = leaves(run(plain, 1)[0])
+    (start, _), (first, _), (after, _), _ = leaves(plain)
+    _, (one, average_of_one), (two, average_of_two), (three, average_of_three) = leaves(trainer)
     kept = 0.95**2 * (2 / 6) ** 3
     for name in start:
         np.testing.assert_array_equal(one[name], first[name])
