@@ -202,3 +202,21 @@ def test_dropout_goes_with_the_layer_that_it_follows():
     assert len(set(losses)) == 3
     before, _, _ = step_of_normed(())
     np.testing.assert_array_equal(after.batch_stats["bn"]["mean"], before.batch_stats["bn"]["mean"])
+
+
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.5}, {"lookahead_steps": 2}])
+def test_the_average_of_what_a_phase_unfreezes_starts_from_its_value(
+    tiny: Config, dataset: ImageDataset, settings: dict
+):
+    phases = ((0, HEAD), (1, ((".*", 1.0),)))
+    trainer = loop.Trainer(edit(tiny, optim={"phases": phases}, train=settings), dataset)
+    state, _ = run(trainer, 3)
+    assert list(leaves(state.average["params"])) == ["head/bias", "head/kernel"]
+    state = trainer.enter_phase(state, 3)
+    before = leaves(jax.tree.map(np.array, state.params))
+    average = leaves(jax.tree.map(np.array, state.average["params"]))
+    assert list(average) == list(before)
+    for name, leaf in average.items():
+        assert np.array_equal(leaf, before[name]) == (not name.startswith("head/")), name
+    state, _ = trainer.run_segment(state, 1)
+    assert not np.array_equal(leaves(state.params)["fc1/kernel"], before["fc1/kernel"])
