@@ -42,7 +42,7 @@ def test_the_frozen_layers_are_not_in_the_compiled_step(
     for cache in (False, True):
         trainer = loop.Trainer(frozen(tiny, HEAD, cache), dataset)
         trainer.compile(trainer.init())
-        compiled[cache] = trainer._segment.as_text().count(" convolution(")
+        compiled[cache] = trainer.compiled.as_text().count(" convolution(")
     assert compiled[False] >= 2
     assert compiled[True] == 0
 
