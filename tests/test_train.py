@@ -545,6 +545,6 @@ def test_no_parameter_is_copied_in_a_step(tiny: Config, dataset: ImageDataset):
     config = edit(no_dropout(tiny), model={"dense": (72, 40)})
     trainer = loop.Trainer(config, dataset)
     trainer.compile(trainer.init())
-    program = trainer._segment.as_text()
+    program = trainer.compiled.as_text()
     assert "f32[72,40]" in program
     assert re.findall(r"= f32\[72,40\]\S* copy\(", program) == []
