@@ -49,7 +49,7 @@ for extra in "${extras[@]}"; do install "$extra"; done
 if [[ ${1:-} == test ]]; then
     shift
     cd "$root"
-    exec "$venv/bin/python" -m pytest "$@"
+    exec "$venv/bin/python" -m pytest --numprocesses=auto --dist=loadfile "$@"
 fi
 if [[ $# -gt 0 && $1 != -* ]]; then
     config=$1

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 
 def normalize(
@@ -23,6 +23,21 @@ def flip(
 ) -> Float[Array, "batch height width channels"]:
     """Mirrors each image left to right with probability 1/2."""
     mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
+    return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def alternate_flip(
+    images: UInt8[Array, "batch height width channels"],
+    key: Key[Array, ""],
+    examples: Int[Array, "batch"],
+    epoch: Int[Array, ""],
+) -> UInt8[Array, "batch height width channels"]:
+    """Mirrors half of the examples in even epochs and the others in odd ones (Jordan, 2024).
+
+    Which half is a function of the key and of each example's number alone.
+    """
+    first = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i)))(examples)
+    mirrored = (first ^ (epoch % 2 == 1)).reshape(-1, 1, 1, 1)
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
@@ -82,3 +97,21 @@ def augment(
     if cutout_side:
         images = cutout(images, cutout_key, cutout_side)
     return images
+
+
+def test_time_views(
+    images: Float[Array, "batch height width channels"], test_time: str
+) -> list[tuple[float, Float[Array, "batch height width channels"]]]:
+    """Returns what a trained network looks at in place of images, each with its weight.
+
+    `test_time` is that of `AugmentConfig`. The views and weights are airbench94's (Jordan, 2024):
+    the shifts are by one pixel, up and left or down and right, reflecting at the border.
+    """
+    if test_time == "none":
+        return [(1.0, images)]
+    shifted = []
+    if test_time == "mirror_translate":
+        padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        shifted = [padded[:, :-2, :-2], padded[:, 2:, 2:]]
+    weighted = [(0.25 if shifted else 0.5, images), *((0.125, view) for view in shifted)]
+    return [(weight, view[:, :, ::step]) for weight, view in weighted for step in (1, -1)]

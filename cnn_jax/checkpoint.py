@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -247,11 +247,15 @@ def load_variables(workdir: Path, kind: str) -> tuple[dict[str, Any], Loaded]:
     Raises:
         UserError: there is none, or the newest is damaged.
     """
-    loaded = load(
-        workdir, kind, lambda name: name.startswith(("params.", "ema_params.", "batch_stats."))
-    )
-    params = loaded.subtree("ema_params") or loaded.subtree("params")
-    return {"params": params, "batch_stats": loaded.subtree("batch_stats")}, loaded
+    collections = ("params", "batch_stats")
+    loaded = load(workdir, kind, lambda name: name.startswith((*collections, "average.")))
+    averages = {
+        name.removeprefix("average."): array
+        for name, array in loaded.arrays.items()
+        if name.startswith("average.")
+    }
+    loaded = replace(loaded, arrays=loaded.arrays | averages)
+    return {name: loaded.subtree(name) for name in collections}, loaded
 
 
 def _dotted(name: str) -> str:

@@ -23,6 +23,9 @@ NOT_OF_A_RUN = ("data.dir", "data.cache_dir", "features.")
 Groups = tuple[tuple[str, float | None], ...]
 """(pattern, learning-rate multiplier or None) pairs; see `OptimConfig.groups`."""
 
+Decays = tuple[tuple[str, float], ...]
+"""(pattern, weight decay) pairs; see `OptimConfig.decays`."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -64,33 +67,47 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes made to training images on the device, off by default as in the chapter."""
+    """Changes made to images on the device, all off by default as in the chapter."""
 
     flip: bool = False
-    """Mirror left to right with probability 1/2."""
+    """Mirror training images left to right with probability 1/2."""
+    alternate_flip: bool = False
+    """Mirror half of the training images, chosen once, and in every other epoch the other half."""
     translate: int = 0
     """Shift by up to this many pixels in each direction, reflecting at the border."""
     cutout: int = 0
     """Side in pixels of a square hidden in each image (DeVries and Taylor, 2017)."""
+    test_time: Literal["none", "mirror", "mirror_translate"] = "none"
+    """Wherever a trained network is used, its logits are averaged over the image and its mirror
+    image; and with `mirror_translate` over two shifts of both by a pixel, which count half."""
+
+    @property
+    def of_training(self) -> bool:
+        """Whether training images are changed."""
+        return bool(self.flip or self.alternate_flip or self.translate or self.cutout)
 
     def __post_init__(self) -> None:
         _check(self.translate >= 0, "augment.translate must be 0 or more")
         _check(self.cutout >= 0, "augment.cutout must be 0 or more")
+        both = self.flip and self.alternate_flip
+        _check(not both, "augment.alternate_flip takes the place of augment.flip")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network. `models.build` turns it into a linen module."""
 
-    name: Literal["simple_cnn", "vgg", "vgg16"] = "simple_cnn"
-    """`vgg16` averages the last feature maps to 7x7, as the ImageNet network does."""
+    name: Literal["simple_cnn", "vgg", "vgg16", "airbench"] = "simple_cnn"
+    """`vgg16` averages the last feature maps to 7x7, as the ImageNet network does; `airbench` is
+    the network of Jordan (2024), with BatchNorm."""
     blocks: tuple[tuple[int, ...], ...] = ((50, 50),)
-    """Filters of each 3x3 convolution, a tuple per block; each block ends by halving the side."""
+    """Filters of each 3x3 convolution, a tuple per block; each block ends by halving the side, in
+    `airbench` after its first convolution."""
     pooling: Literal["max", "average", "stride"] = "max"
     """How it does: by a 2x2 pool, or by moving the block's last convolution by two pixels."""
     dense: tuple[int, ...] = (512,)
     """Units of each hidden dense layer."""
-    activation: Literal["relu", "tanh", "sigmoid"] = "relu"
+    activation: Literal["relu", "tanh", "sigmoid", "gelu"] = "relu"
     dropout: float = 0.0
     """Probability that a hidden dense unit is dropped in training."""
     initializer: Literal["glorot_uniform", "he_uniform", "narrow_uniform"] = "glorot_uniform"
@@ -108,6 +125,16 @@ class ModelConfig:
         _check(
             self.name != "simple_cnn" or len(self.blocks) == 1,
             "model.name=simple_cnn has one block; use model.name=vgg for more",
+        )
+        _check(
+            self.name != "airbench" or not self.dense,
+            "model.name=airbench has no hidden dense layers; set model.dense=[]",
+        )
+        default = (ModelConfig.pooling, ModelConfig.initializer)
+        _check(
+            self.name != "airbench" or (self.pooling, self.initializer) == default,
+            "model.name=airbench has pools and initial values of its own; leave model.pooling and "
+            "model.initializer out",
         )
         _check(0 <= self.dropout < 1, "model.dropout must be in [0, 1)")
         _check(
@@ -128,12 +155,17 @@ class InitConfig:
     """Which parameters of the workdir. Empty: those that its run reported on."""
     skip: tuple[str, ...] = ()
     """Patterns of whole names that start from the seed, such as head/.*; all others must match."""
+    whiten: str = ""
+    """The first convolution's name, to start it from filters that whiten the training images'
+    patches. Empty: it starts as the others do."""
 
     def __post_init__(self) -> None:
         for pattern in self.skip:
             _check_pattern("init.skip", pattern)
         if not self.checkpoint:
             _check(not self.kind, "init.kind is read only with init.checkpoint")
+        both = self.checkpoint and self.whiten
+        _check(not both, "init.whiten would replace what init.checkpoint holds; set one of them")
 
 
 @dataclass(frozen=True)
@@ -147,11 +179,16 @@ class OptimConfig:
     """Decay of the velocity of `momentum` and `nesterov`."""
     weight_decay: float = 0.0
     """Decay of kernels, never of biases: decoupled in `adamw`, else added to the gradient."""
+    decays: Decays = ()
+    """In place of weight_decay, pairs of a pattern and the decay of the parameters that it matches
+    whole; the first match wins. Such as [["head/.*",0.001],[".*",0]]."""
     clip_norm: float = 0.0
     """Largest global norm of the gradient. 0: no clipping."""
     schedule: Literal["constant", "cosine", "piecewise", "linear"] = "constant"
     warmup_epochs: float = 0.0
-    """Epochs of linear rise from 0 to the peak, before any schedule."""
+    """Epochs of linear rise to the peak, before any schedule."""
+    warmup_fraction: float = 0.0
+    """Of the peak, what the rise starts at."""
     final_fraction: float = 0.0
     """Of the peak, what `cosine` and `linear` end at."""
     boundaries: tuple[float, ...] = ()
@@ -170,6 +207,9 @@ class OptimConfig:
         _check(self.weight_decay >= 0, "optim.weight_decay must be 0 or more")
         _check(self.clip_norm >= 0, "optim.clip_norm must be 0 (off) or more")
         _check(self.warmup_epochs >= 0, "optim.warmup_epochs must be 0 or more")
+        _check(0 <= self.warmup_fraction <= 1, "optim.warmup_fraction must be in [0, 1]")
+        no_rise = self.warmup_fraction and not self.warmup_epochs
+        _check(not no_rise, "optim.warmup_fraction is read only with optim.warmup_epochs")
         _check(0 <= self.final_fraction <= 1, "optim.final_fraction must be in [0, 1]")
         _check(0 < self.decay_factor <= 1, "optim.decay_factor must be in (0, 1]")
         rising = all(a < b for a, b in zip((0.0, *self.boundaries), self.boundaries, strict=False))
@@ -194,6 +234,11 @@ class OptimConfig:
             _check_groups("optim.groups", self.groups)
         for _, groups in self.phases:
             _check_groups("optim.phases", groups)
+        both = self.decays and self.weight_decay
+        _check(not both, "optim.decays takes the place of optim.weight_decay")
+        _check_patterns("optim.decays", [pattern for pattern, _ in self.decays])
+        for pattern, decay in self.decays:
+            _check(decay >= 0, f"optim.decays: {pattern} needs a decay of 0 or more")
 
 
 @dataclass(frozen=True)
@@ -210,7 +255,10 @@ class TrainConfig:
     """Compute what the layers below the lowest trainable one make of each image once, and keep it
     in memory: the same result, and no step runs them. Needs optim.groups and no augmentation."""
     ema_decay: float = 0.0
-    """Decay per step of the averaged parameters that are evaluated. 0: no average."""
+    """Decay per step of the averaged variables that are evaluated. 0: no average."""
+    lookahead_steps: int = 0
+    """Steps after which training goes on from an average of the variables, which grows slower as
+    it proceeds and is what is evaluated (Zhang et al., 2019; Jordan, 2024). 0: never."""
     patience: int = 0
     """Stop after so many epochs without a better validation accuracy. 0: never."""
     skip_nonfinite: bool = False
@@ -240,6 +288,9 @@ class TrainConfig:
             "train.accumulate must divide train.batch_size",
         )
         _check(0 <= self.ema_decay < 1, "train.ema_decay must be in [0, 1)")
+        _check(self.lookahead_steps >= 0, "train.lookahead_steps must be 0 (off) or more")
+        both = self.ema_decay and self.lookahead_steps
+        _check(not both, "train.lookahead_steps and train.ema_decay are two averages; set one")
         _check(self.patience >= 0, "train.patience must be 0 (off) or more")
         _check(self.segment_steps > 0, "train.segment_steps must be positive")
         _check(self.checkpoint_seconds >= 0, "train.checkpoint_seconds must be 0 or more")
@@ -284,7 +335,7 @@ class Config:
         if self.train.cache_frozen:
             frozen = any(multiplier is None for _, multiplier in self.optim.groups)
             _check(frozen, "train.cache_frozen needs optim.groups that freeze layers")
-            plain = self.augment == AugmentConfig()
+            plain = not self.augment.of_training
             _check(plain, "train.cache_frozen sees each image once; set it to false to augment")
 
 
@@ -309,13 +360,17 @@ def _check_pattern(field_name: str, pattern: str) -> None:
         raise UserError(f"{field_name}: {pattern} is no pattern: {error}") from None
 
 
-def _check_groups(field_name: str, groups: Groups) -> None:
-    for pattern, multiplier in groups:
+def _check_patterns(field_name: str, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
         _check_pattern(field_name, pattern)
+    _check(len(set(patterns)) == len(patterns), f"{field_name} has a pattern twice")
+
+
+def _check_groups(field_name: str, groups: Groups) -> None:
+    _check_patterns(field_name, [pattern for pattern, _ in groups])
+    for pattern, multiplier in groups:
         positive = multiplier is None or multiplier > 0
         _check(positive, f"{field_name}: {pattern} needs a positive multiplier, or null to freeze")
-    patterns = [pattern for pattern, _ in groups]
-    _check(len(set(patterns)) == len(patterns), f"{field_name} has a pattern twice")
     trains = any(multiplier is not None for _, multiplier in groups)
     _check(trains, f"{field_name} freezes everything; give a group a multiplier")
 

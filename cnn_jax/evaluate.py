@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
@@ -15,7 +16,21 @@ from cnn_jax import augment, devices, models
 BATCH_SIZE = 250
 
 
-@partial(jax.jit, static_argnames=("model", "layer", "mean", "std"))
+def mean_logits(
+    model: nn.Module,
+    variables: Any,
+    images: Float[jax.Array, "batch height width channels"],
+    test_time: str,
+) -> Float[jax.Array, "batch classes"]:
+    """Returns the logits of normalised images, averaged over the views that `test_time` names."""
+    weights, views = zip(*augment.test_time_views(images, test_time), strict=True)
+    if len(views) == 1:
+        return model.apply(variables, images)  # pyright: ignore
+    each = jax.lax.map(partial(model.apply, variables), jnp.stack(views))
+    return jnp.tensordot(jnp.array(weights), each, 1)  # pyright: ignore
+
+
+@partial(jax.jit, static_argnames=("model", "layer", "mean", "std", "test_time"))
 def _batched(
     model: nn.Module,
     variables: Any,
@@ -24,12 +39,13 @@ def _batched(
     layer: str,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    test_time: str,
 ) -> jax.Array:
     def forward(images: jax.Array) -> jax.Array:
         images = augment.normalize(devices.spread(images), mean, std)
         if layer:
             return models.layer_inputs(model, variables, images)[layer]
-        return model.apply(variables, images)  # pyright: ignore
+        return mean_logits(model, variables, images, test_time)
 
     return devices.gather(jax.lax.map(forward, batches))
 
@@ -41,9 +57,13 @@ def logits(
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    test_time: str,
 ) -> Float[np.ndarray, "n classes"]:
-    """Returns the float32 logits of every image, dropout off, running statistics in use."""
-    return layer_inputs(model, variables, images, "", mean=mean, std=std)
+    """Returns the float32 logits of every image, dropout off, running statistics in use.
+
+    `test_time` is `AugmentConfig.test_time`: they may be averages over several views of an image.
+    """
+    return _in_batches(model, variables, images, layer="", mean=mean, std=std, test_time=test_time)
 
 
 def layer_inputs(
@@ -56,6 +76,12 @@ def layer_inputs(
     std: tuple[float, ...],
 ) -> Float[np.ndarray, "n *shape"]:
     """Returns what a layer is given for every image; for the name "" the logits."""
+    return _in_batches(model, variables, images, layer=layer, mean=mean, std=std, test_time="none")
+
+
+def _in_batches(
+    model: nn.Module, variables: Any, images: UInt8[np.ndarray, "n height width 3"], **settings: Any
+) -> np.ndarray:
     n = len(images)
     batch_size = min(BATCH_SIZE, n)
     batch_size += -batch_size % jax.device_count()
@@ -63,7 +89,7 @@ def layer_inputs(
     padded = np.zeros((n_batches * batch_size, *images.shape[1:]), np.uint8)
     padded[:n] = images
     batches = devices.replicate(padded.reshape(n_batches, batch_size, *images.shape[1:]))
-    out = _batched(model, variables, batches, layer=layer, mean=mean, std=std)
+    out = _batched(model, variables, batches, **settings)
     return np.asarray(out).reshape(n_batches * batch_size, *out.shape[2:])[:n]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.export  # pyright: ignore[reportMissingImports]
 import jax.numpy as jnp
 
-from cnn_jax import augment, layers
+from cnn_jax import augment, evaluate, layers
 
 PLATFORMS = ("cpu", "cuda")
 
@@ -19,16 +19,18 @@ def predictor(
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    test_time: str,
 ) -> bytes:
     """Returns a serialized function from pixels to probabilities, parameters included.
 
     It takes uint8 [n, height, width, 3] for any n and returns float32 [n, classes]; normalisation
-    is inside. `jax.export.deserialize(data).call(images)` runs it on a CPU and on CUDA.
+    and the averages that `AugmentConfig.test_time` asks for are inside.
+    `jax.export.deserialize(data).call(images)` runs it on a CPU and on CUDA.
     """
 
     def predict(images: jax.Array) -> jax.Array:
-        logits = model.apply(variables, augment.normalize(images, mean, std))
-        return jax.nn.softmax(jnp.asarray(logits))
+        images = augment.normalize(images, mean, std)
+        return jax.nn.softmax(evaluate.mean_logits(model, variables, images, test_time))
 
     (n,) = jax.export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, *image_shape), jnp.uint8)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cnn_jax import devices, evaluate, models, optim, train, transfer, trees
+from cnn_jax import devices, evaluate, models, optim, train, transfer, trees, whitening
 from cnn_jax.checkpoint import Checkpoints
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset, Split
@@ -60,6 +60,8 @@ class Trainer:
             for phase in range(len(self._phases))
         ]
         self.recipe = self._recipes[0]
+        names = models.param_names(self.recipe.model, dataset.image_shape)
+        optim.check_groups("optim.decays", config.optim.decays, names)
         devices.check_batch_size(config.train.batch_size)
         self._examples = devices.replicate((dataset.train.images, dataset.train.labels))
         self._make_keys()
@@ -82,21 +84,26 @@ class Trainer:
         return train.init_state(self.recipe, self._init_key, self.dataset.image_shape)
 
     def start(self, log: RunLog) -> TrainState:
-        """Returns the state before the first step, taken from `init.checkpoint` where one is named.
+        """Returns the state before the first step, as `init` wants it.
 
         Raises:
-            UserError: what it names does not fit the network.
+            UserError: what that names does not fit the network.
         """
-        state = self.init()
-        if not self.config.init.checkpoint:
-            return state
-        variables = transfer.load_variables(self.config.init)
-        params, batch_stats, line = transfer.merge(
-            variables, {"params": state.params, "batch_stats": state.batch_stats}, self.config.init
-        )
-        log.say(line)
-        averaged = None if state.ema_params is None else params
-        return replace(state, params=params, batch_stats=batch_stats, ema_params=averaged)
+        state, init = self.init(), self.config.init
+        params, batch_stats = state.params, state.batch_stats
+        if init.checkpoint:
+            fresh = {"params": params, "batch_stats": batch_stats}
+            pretrained = transfer.load_variables(init)
+            params, batch_stats, line = transfer.merge(pretrained, fresh, init)
+            log.say(line)
+        if init.whiten:
+            images, data = self.dataset.train.images, self.config.data
+            params = whitening.whiten(
+                self.recipe.model, params, init.whiten, images, mean=data.mean, std=data.std
+            )
+        # As numpy arrays, since a buffer that is in a state twice could not be donated.
+        average = jax.tree.map(np.asarray, train.start_average(self.recipe, params, batch_stats))
+        return replace(state, params=params, batch_stats=batch_stats, average=average)
 
     def template(self, step: int) -> TrainState:
         """Returns the structure of the state after `step` steps, and takes up that phase."""
@@ -157,11 +164,21 @@ class Trainer:
         state, history = self.compiled(state, *self._examples, self._train_key, steps)
         return state, jax.tree.map(lambda x: np.asarray(x)[:n_steps], history)
 
-    def evaluate(self, state: TrainState, split: Split) -> evaluate.Evaluation:
-        """Returns loss, accuracy and confusion of the evaluated parameters on a split."""
-        data = self.config.data
+    def evaluate(
+        self, state: TrainState, split: Split, test_time: str | None = None
+    ) -> evaluate.Evaluation:
+        """Returns loss, accuracy and confusion of the evaluated variables on a split.
+
+        `test_time` is as in `AugmentConfig`; None stands for the config's own.
+        """
+        data, augment = self.config.data, self.config.augment
         logits = evaluate.logits(
-            self.recipe.model, state.eval_variables, split.images, mean=data.mean, std=data.std
+            self.recipe.model,
+            state.eval_variables,
+            split.images,
+            mean=data.mean,
+            std=data.std,
+            test_time=augment.test_time if test_time is None else test_time,
         )
         return evaluate.score(logits, split.labels, self.recipe.loss)
 

@@ -1,12 +1,13 @@
-"""The chapter's networks as linen modules whose layers have explicit, stable names.
+"""The chapter's networks, and a modern one, as linen modules with explicit, stable layer names.
 
 Names are what summaries, checkpoints and patterns speak of: "block1/conv1", "fc1", "head".
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "tanh": nn.tanh,
     "sigmoid": nn.sigmoid,
+    "gelu": partial(nn.gelu, approximate=False),
 }
 
 # Rows of a kernel that are drawn at once.
@@ -65,6 +67,27 @@ INITIALIZERS: dict[str, Callable[..., Array]] = {
     "he_uniform": he_uniform,
     "narrow_uniform": narrow_uniform,
 }
+
+
+def fan_in_uniform(
+    key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32, fan_in: int = 0
+) -> Array:
+    """Returns an array drawn from U(-a, a), a = 1 / sqrt(fan_in): where PyTorch's layers start.
+
+    Without `fan_in` it is that of a kernel of this shape, [..., in, out].
+    """
+    limit = 1 / math.sqrt(fan_in or math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def partial_identity(
+    key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32
+) -> Float[Array, "kernel_height kernel_width in out"]:
+    """Returns `fan_in_uniform`, but the first filters each pass on one of the input's channels."""
+    height, width, *channels = shape
+    first = jnp.arange(min(channels))
+    kernel = fan_in_uniform(key, shape, dtype).at[..., first].set(0)
+    return kernel.at[height // 2, width // 2, first, first].set(1)
 
 
 def _convolution(width: int, stride: int, initializer: str, dtype: Any, name: str) -> nn.Conv:
@@ -143,14 +166,19 @@ class SimpleCNN(Classifier):
         return self.classify(_convolve_and_pool(x, self.widths, *settings), train)
 
 
-class VGGBlock(nn.Module):
-    """3x3 convolutions `conv1`, `conv2`, ... of one resolution, ended by a 2x2 pool."""
+class Block(nn.Module):
+    """Layers of a network that share a name's first part, around a 2x2 pool."""
 
     widths: tuple[int, ...]
     activation: str
+    dtype: Any
+
+
+class VGGBlock(Block):
+    """3x3 convolutions `conv1`, `conv2`, ... of one resolution, ended by a 2x2 pool."""
+
     pooling: str
     initializer: str
-    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
@@ -171,14 +199,9 @@ class VGG(Classifier):
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
         """Returns logits; `train` turns dropout on and needs a "dropout" key."""
-        side, (height, width) = 2 ** len(self.blocks), images.shape[1:3]
-        if min(height, width) < side:
-            raise UserError(
-                f"{len(self.blocks)} blocks need images of {side}x{side} or larger, "
-                f"not {height}x{width}"
-            )
+        _check_size(images, self.blocks, 2 ** len(self.blocks))
         x = images.astype(self.dtype)
-        settings = self.activation, self.pooling, self.initializer, self.dtype
+        settings = self.activation, self.dtype, self.pooling, self.initializer
         for i, widths in enumerate(self.blocks, start=1):
             x = VGGBlock(widths, *settings, name=f"block{i}")(x)
         if self.grid:
@@ -200,6 +223,90 @@ class VGG16(VGG):
         (512, 512, 512),
     )
     grid: int = 7
+
+
+class AirbenchGroup(Block):
+    """3x3 convolutions `conv1`, ..., each with a norm, `norm1`, ...; a max pool follows the first.
+
+    The norm is BatchNorm without a scale, which the next layer makes up for.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Array:
+        """Returns feature maps of half the height and width, rounded down."""
+        for i, width in enumerate(self.widths, start=1):
+            x = nn.Conv(
+                width,
+                (3, 3),
+                padding="SAME",
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=partial_identity,
+                conv_general_dilated=layers.conv_general_dilated,
+                name=f"conv{i}",
+            )(x)
+            if i == 1:
+                x = layers.MaxPool(name="pool")(x)
+            x = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.6,
+                epsilon=1e-12,
+                dtype=self.dtype,
+                use_scale=False,
+                use_fast_variance=False,  # epsilon is too small for what that one loses
+                name=f"norm{i}",
+            )(x)
+            x = ACTIVATIONS[self.activation](x)
+        return x
+
+
+class Airbench(Classifier):
+    """The network of airbench94 (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024).
+
+    A 2x2 convolution `whiten` of twice as many filters as a patch has numbers, meant to be whitened
+    and frozen; `group1`, ... of 3x3 convolutions; a 3x3 max pool; and a linear `head`.
+    """
+
+    blocks: tuple[tuple[int, ...], ...] = ((64, 64), (256, 256), (256, 256))
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Returns logits; with `train`, BatchNorm uses the batch and moves its statistics."""
+        _check_size(images, self.blocks, 3 * 2 ** len(self.blocks) + 1)
+        patch = 2 * 2 * images.shape[-1]
+        x = nn.Conv(
+            2 * patch,
+            (2, 2),
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=fan_in_uniform,
+            bias_init=partial(fan_in_uniform, fan_in=patch),
+            conv_general_dilated=layers.conv_general_dilated,
+            name="whiten",
+        )(images)
+        x = ACTIVATIONS[self.activation](x)
+        for i, widths in enumerate(self.blocks, start=1):
+            x = AirbenchGroup(widths, self.activation, self.dtype, name=f"group{i}")(x, train)
+        x = layers.MaxPool((3, 3), (3, 3), name="pool")(x)
+        head = nn.Dense(
+            self.n_classes,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=fan_in_uniform,
+            dot_general=layers.dot_general,
+            name="head",
+        )
+        return head(x.reshape((x.shape[0], -1))).astype(jnp.float32) / 9
+
+
+def _check_size(images: Array, blocks: tuple[tuple[int, ...], ...], side: int) -> None:
+    height, width = images.shape[1:3]
+    if min(height, width) < side:
+        raise UserError(
+            f"{len(blocks)} blocks need images of {side}x{side} or larger, not {height}x{width}"
+        )
 
 
 @contextlib.contextmanager
@@ -234,7 +341,7 @@ def frozen_in_eval_mode(params: Any, trainable: Any) -> Iterator[None]:
 
 def _is_layer(context: Any) -> bool:
     """Says whether a call that linen intercepts is a layer's own, not that of what holds layers."""
-    inside = isinstance(context.module, Classifier | VGGBlock)
+    inside = isinstance(context.module, Classifier | Block)
     return context.method_name == "__call__" and not inside
 
 
@@ -292,7 +399,8 @@ def build(config: ModelConfig, n_classes: int) -> Classifier:
     }
     if config.name == "simple_cnn":
         return SimpleCNN(widths=config.blocks[0], **common)
-    return {"vgg": VGG, "vgg16": VGG16}[config.name](blocks=config.blocks, **common)
+    kinds = {"vgg": VGG, "vgg16": VGG16, "airbench": Airbench}
+    return kinds[config.name](blocks=config.blocks, **common)
 
 
 def param_names(model: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:

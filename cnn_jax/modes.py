@@ -217,6 +217,7 @@ def export(config: Config, workdir: Path, kind: str) -> None:
         trained.image_shape,
         mean=config.data.mean,
         std=config.data.std,
+        test_time=config.augment.test_time,
     )
     (folder / "predictor.jax").write_bytes(serialized)
     about = {
@@ -337,7 +338,7 @@ def _groups_table(config: Config, names: list[str]) -> Table:
     phases = optim.make_phases(config.optim, len(config.model.blocks), steps_per_epoch=1)
     table = Table("parameter", *(f"learning rate from epoch {epoch}" for epoch, _ in phases))
     for _, groups in phases:
-        optim.check_groups(groups, names)
+        optim.check_groups("optim.groups", groups, names)
     for name in names:
         cells = []
         for _, groups in phases:

@@ -1,14 +1,16 @@
 """Learning-rate schedules, optimizers and freezing, assembled from optax by a config's names."""
 
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from cnn_jax import trees
-from cnn_jax.config import Groups, OptimConfig
+from cnn_jax.config import Decays, Groups, OptimConfig, TrainConfig
 from cnn_jax.errors import UserError
 
 Phases = tuple[tuple[int, Groups], ...]
@@ -31,7 +33,7 @@ def phase_at(phases: Phases, step: int) -> int:
     return sum(start <= step for start, _ in phases) - 1
 
 
-def group_of(groups: Groups, name: str) -> tuple[str, float | None] | None:
+def group_of(groups: Groups | Decays, name: str) -> tuple[str, Any] | None:
     """Returns the first of the groups whose pattern matches a parameter's whole name, or None."""
     return next((group for group in groups if re.fullmatch(group[0], name)), None)
 
@@ -44,8 +46,8 @@ def multiplier(groups: Groups, name: str) -> float | None:
     return group[1] if group else None
 
 
-def check_groups(groups: Groups, names: Iterable[str]) -> None:
-    """Refuses groups that do not divide up the parameters of those names.
+def check_groups(field_name: str, groups: Groups | Decays, names: Iterable[str]) -> None:
+    """Refuses groups that do not divide up the parameters of those names; empty ones pass.
 
     Raises:
         UserError: lists the parameters that no pattern matches, and the patterns that are the
@@ -58,7 +60,7 @@ def check_groups(groups: Groups, names: Iterable[str]) -> None:
     unused = [pattern for pattern, rate in groups if (pattern, rate) not in chosen.values()]
     if uncovered or unused:
         raise UserError(
-            f"optim.groups: parameters that no pattern matches: {', '.join(uncovered) or 'none'}; "
+            f"{field_name}: parameters that no pattern matches: {', '.join(uncovered) or 'none'}; "
             f"patterns that are the first to match nothing: {', '.join(unused) or 'none'}"
         )
 
@@ -69,14 +71,14 @@ def trainable_part(params: Any, groups: Groups) -> Any:
     Raises:
         UserError: the groups do not divide up the parameters.
     """
-    check_groups(groups, trees.named_leaves(params))
+    check_groups("optim.groups", groups, trees.named_leaves(params))
     return trees.keep(lambda name: multiplier(groups, name) is not None, params)
 
 
 def make_schedule(config: OptimConfig, steps_per_epoch: int, epochs: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step, from step 0 to steps_per_epoch * epochs.
 
-    The warm-up rises linearly from 0 and is part of the run: what follows is spread over the
+    The warm-up rises linearly and is part of the run: what follows is spread over the
     remaining steps, and `boundaries` count from the start of training.
     """
     peak, total = config.learning_rate, steps_per_epoch * epochs
@@ -94,12 +96,42 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int, epochs: int) -> opt
         main = optax.constant_schedule(peak)
     if not warmup:
         return main
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+    rise = optax.linear_schedule(peak * config.warmup_fraction, peak, warmup)
+    return optax.join_schedules([rise, main], [warmup])
 
 
-def decay_mask(params: Any) -> Any:
-    """Returns True for each leaf that weight decay shrinks: kernels, never biases or scales."""
-    return trees.map_named(lambda name, _: name.endswith("kernel"), params)
+def make_average_decay(
+    config: TrainConfig, total_steps: int
+) -> Callable[[Int[Array, ""]], Float[Array, ""]] | None:
+    """Returns what an average keeps of itself after so many steps, from 1 on; None without one.
+
+    Lookahead's 0.95^k (t / T)^3 every k steps is that of airbench94 (Jordan, 2024).
+    """
+    k = config.lookahead_steps
+    if k:
+        return lambda t: jnp.where(t % k == 0, 0.95**k * (t / total_steps) ** 3, 1.0)
+    return (lambda _: jnp.float32(config.ema_decay)) if config.ema_decay else None
+
+
+def decay_of(config: OptimConfig, name: str) -> float:
+    """Returns a parameter's weight decay: of kernels alone, unless `decays` are given."""
+    if not config.decays:
+        return config.weight_decay if name.endswith("kernel") else 0.0
+    group = group_of(config.decays, name)
+    return group[1] if group else 0.0
+
+
+def _add_decay(config: OptimConfig) -> optax.GradientTransformation:
+    def add(updates: Any, params: Any) -> Any:
+        leaves = trees.named_leaves(params)
+
+        def add_one(name: str, update: Any) -> Any:
+            decay = decay_of(config, name)
+            return update + decay * leaves[name] if decay else update
+
+        return trees.map_named(add_one, updates)
+
+    return optax.stateless(add)
 
 
 def make_optimizer(
@@ -117,8 +149,8 @@ def make_optimizer(
     steps = []
     if config.clip_norm:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.weight_decay and config.name != "adamw":
-        steps.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+    if (config.weight_decay or config.decays) and config.name != "adamw":
+        steps.append(_add_decay(config))
     if len(config.phases) < 2:
         steps.append(_update_rule(config, schedule))
     else:
@@ -144,7 +176,8 @@ def _update_rule(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradien
     if config.name == "adam":
         return optax.adam(schedule)
     if config.name == "adamw":
-        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=decay_mask)
+        rate = optax.scale_by_learning_rate(schedule)
+        return optax.chain(optax.scale_by_adam(), _add_decay(config), rate)
     if config.name == "rmsprop":
         return optax.rmsprop(schedule)
     if config.name == "sgd":

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from cnn_jax import optim, train
 from cnn_jax.config import Config
-from cnn_jax.train import Batch, Recipe, TrainState
+from cnn_jax.train import Recipe, TrainState
 
 LOWEST, HIGHEST = 1e-5, 10.0
 STEPS = 100
@@ -50,6 +50,7 @@ def make_recipe(config: Config, n_classes: int, n_steps: int) -> Recipe:
     return replace(
         train.make_recipe(config, n_classes, steps_per_epoch=1),
         schedule=schedule,
+        average_decay=None,  # which is a function of the whole run, and of these steps none
         optimizer=optim.make_optimizer(config.optim, schedule, phases[:1]),
     )
 
@@ -68,13 +69,13 @@ def sweep(
     Returns how many steps were run, their losses and the smoothed losses: running means, corrected
     for their start at 0. Diverged is a smoothed loss of four times the least, or one not finite.
     """
-    order_key, step_key = jax.random.split(key)
-    order = train.epoch_order(order_key, jnp.zeros((), jnp.int32), len(images), recipe.batch_size)
+    order_key, step_key, flip_key = jax.random.split(key, 3)
+    epoch = jnp.zeros((), jnp.int32)
+    order = train.epoch_order(order_key, epoch, len(images), recipe.batch_size)
 
     def body(carry: Any) -> Any:
         i, state, losses, smoothed, mean, _ = carry
-        index = order[i]
-        batch = Batch(images[index], labels[index], (index >= 0).astype(jnp.float32))
+        batch = train.take_batch(recipe, images, labels, order[i], flip_key, epoch)
         key = jax.random.fold_in(step_key, i)
         state, sums, _ = train.train_step(recipe, state, batch, key, is_last=jnp.array(False))
         loss = sums.loss / sums.count

@@ -97,7 +97,9 @@ def run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) 
     wanted, dataset = trainer.config, trainer.dataset
     log = log_in(workdir)
     state, progress = loop.fit(trainer, workdir, log)
-    result = trainer.evaluate(state, dataset.test)
+    result = plain = trainer.evaluate(state, dataset.test)
+    if wanted.augment.test_time != "none":
+        plain = trainer.evaluate(state, dataset.test, "none")
     steps = int(state.step)
     sums = jax.device_get(state.epoch_sums)
     summary = {
@@ -105,6 +107,7 @@ def run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) 
         "seed": wanted.seed,
         "test_accuracy": result.accuracy,
         "test_loss": result.loss,
+        "test_accuracy_plain": plain.accuracy,
         "train_accuracy": float(sums.correct / sums.count) if steps else None,
         "train_loss": float(sums.loss / sums.count) if steps else None,
         "best_epoch": progress.best_epoch or None,
@@ -247,8 +250,14 @@ class TrainedModel:
         self, images: UInt8[np.ndarray, "n height width 3"]
     ) -> Float[np.ndarray, "n classes"]:
         """Returns the float32 logits of images of `image_shape`, normalised as in training."""
-        seen = self.config.data
-        return evaluate.logits(self.model, self.variables, images, mean=seen.mean, std=seen.std)
+        return evaluate.logits(
+            self.model,
+            self.variables,
+            images,
+            mean=self.config.data.mean,
+            std=self.config.data.std,
+            test_time=self.config.augment.test_time,
+        )
 
 
 def load_trained(workdir: Path, run_config: Config, kind: str = "") -> TrainedModel:

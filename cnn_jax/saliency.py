@@ -35,7 +35,7 @@ def occlusion(
     hidden = np.repeat(image[None], 1 + len(tops) * len(lefts), axis=0)
     for i, (top, left) in enumerate(((y, x) for y in tops for x in lefts), start=1):
         hidden[i, top : top + side, left : left + side] = _GRAY
-    logits = evaluate.logits(model, variables, hidden, mean=mean, std=std)
+    logits = evaluate.logits(model, variables, hidden, mean=mean, std=std, test_time="none")
     of_class = logits[:, logits[0].argmax()]
     return (of_class[0] - of_class[1:]).reshape(len(tops), len(lefts))
 

@@ -35,7 +35,11 @@ class Recipe:
     """Normalised images and a key to changed images."""
     batch_size: int
     accumulate: int
-    ema_decay: float
+    average_decay: Callable[[Array], Array] | None
+    """What the average of the variables keeps of itself after so many steps; None: no average."""
+    lookahead: bool
+    """Whether training goes on from the average wherever it has taken something up."""
+    alternate_flip: bool
     skip_nonfinite: bool
     max_segment: int
 
@@ -72,16 +76,16 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
-    ema_params: Any
-    """Averaged parameters, or None where `ema_decay` is 0."""
+    average: Any
+    """Averages of what is trained, by collection, or None where the recipe has none."""
     epoch_sums: Sums
     """Totals of the current epoch so far."""
 
     @property
     def eval_variables(self) -> dict[str, Any]:
         """The variables that are evaluated, and whose hash a run reports."""
-        params = self.params if self.ema_params is None else self.ema_params
-        return {"params": params, "batch_stats": self.batch_stats}
+        variables = {"params": self.params, "batch_stats": self.batch_stats}
+        return variables if self.average is None else trees.merge(self.average, variables)
 
 
 @struct.dataclass
@@ -96,6 +100,7 @@ class Batch:
 def make_recipe(config: Config, n_classes: int, steps_per_epoch: int, phase: int = 0) -> Recipe:
     """Builds the compiled-in part of training, in one phase of `optim.phases`, from a config."""
     schedule = optim.make_schedule(config.optim, steps_per_epoch, config.train.epochs)
+    total_steps = steps_per_epoch * config.train.epochs
     phases = optim.make_phases(config.optim, len(config.model.blocks), steps_per_epoch)
     return Recipe(
         model=models.build(config.model, n_classes),
@@ -113,7 +118,9 @@ def make_recipe(config: Config, n_classes: int, steps_per_epoch: int, phase: int
         ),
         batch_size=config.train.batch_size,
         accumulate=config.train.accumulate,
-        ema_decay=config.train.ema_decay,
+        average_decay=optim.make_average_decay(config.train, total_steps),
+        lookahead=bool(config.train.lookahead_steps),
+        alternate_flip=config.augment.alternate_flip,
         skip_nonfinite=config.train.skip_nonfinite,
         max_segment=config.train.segment_steps,
     )
@@ -125,32 +132,65 @@ def init_state(
 ) -> TrainState:
     """Returns the state before the first step, a function of `key` alone."""
     variables = recipe.model.init(key, jnp.zeros((1, *image_shape)))
-    params = variables["params"]
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         opt_state=recipe.optimizer.init(optim.trainable_part(params, recipe.groups)),
-        ema_params=params if recipe.ema_decay else None,
+        average=start_average(recipe, params, batch_stats),
         epoch_sums=Sums.zeros(),
     )
 
 
+def start_average(recipe: Recipe, params: Any, batch_stats: Any) -> Any:
+    """Returns the average of variables that have not been trained yet, None without one."""
+    if recipe.average_decay is None:
+        return None
+    return {"params": optim.trainable_part(params, recipe.groups), "batch_stats": batch_stats}
+
+
 @partial(jax.jit, static_argnames="recipe")
 def enter_phase(recipe: Recipe, state: TrainState) -> TrainState:
-    """Returns the state for another phase's recipe: what stays trainable keeps its velocity."""
-    fresh = recipe.optimizer.init(optim.trainable_part(state.params, recipe.groups))
-    opt_state = trees.replace_named(fresh, trees.named_leaves(state.opt_state))
-    return replace(state, opt_state=opt_state)
+    """Returns the state for another phase's recipe.
+
+    What stays trainable keeps its velocity and its average; what is frozen now, its last value.
+    """
+    fresh = {
+        "opt_state": recipe.optimizer.init(optim.trainable_part(state.params, recipe.groups)),
+        "average": start_average(recipe, state.params, state.batch_stats),
+    }
+    old = {name: getattr(state, name) for name in fresh}
+    return replace(state, **trees.replace_named(fresh, trees.named_leaves(old)))
 
 
 def epoch_order(
     key: Key[Array, ""], epoch: Int[Array, ""], n: int, batch_size: int
 ) -> Int[Array, "steps batch"]:
-    """Returns the examples of each step of an epoch: every index once, then -1 as padding."""
+    """Returns the examples of each step of an epoch: every index i once, then padding.
+
+    That is ~i, which is negative, for the first examples once more, so that BatchNorm sees in the
+    last step what it sees in the others.
+    """
     order = jax.random.permutation(jax.random.fold_in(key, epoch), n)
-    padding = -n % batch_size
-    return jnp.pad(order, (0, padding), constant_values=-1).reshape(-1, batch_size)
+    padding = ~jnp.resize(order, (-n % batch_size,))
+    return jnp.concatenate([order, padding]).reshape(-1, batch_size)
+
+
+def take_batch(
+    recipe: Recipe,
+    images: UInt8[Array, "n height width channels"],
+    labels: Int[Array, "n"],
+    index: Int[Array, "batch"],
+    key: Key[Array, ""],
+    epoch: Int[Array, ""],
+) -> Batch:
+    """Returns a step's examples, of which `epoch_order` gave the index; `key` is for all steps."""
+    examples = jnp.maximum(index, ~index)
+    taken = images[examples]
+    if recipe.alternate_flip:
+        taken = augment.alternate_flip(taken, key, examples, epoch)
+    return Batch(taken, labels[examples], (index >= 0).astype(jnp.float32))
 
 
 def _forward(recipe: Recipe, variables: Any, images: Array, key: Array) -> tuple[Array, Any]:
@@ -243,18 +283,18 @@ def _update(
     trainable = optim.trainable_part(state.params, recipe.groups)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, trainable)
     trainable = optax.apply_updates(trainable, updates)
-    params = trees.merge(trainable, state.params)
-    ema_params = state.ema_params
-    if recipe.ema_decay:
-        averaged = optim.trainable_part(ema_params, recipe.groups)
-        averaged = optax.incremental_update(trainable, averaged, 1 - recipe.ema_decay)
-        ema_params = trees.merge(averaged, ema_params)
+    new, average = {"params": trainable, "batch_stats": batch_stats}, state.average
+    if recipe.average_decay:
+        kept = recipe.average_decay(state.step + 1)
+        average = jax.tree.map(lambda old, new: old + (1 - kept) * (new - old), average, new)
+        if recipe.lookahead:
+            new = jax.tree.map(lambda old, new: jnp.where(kept < 1, old, new), average, new)
     return replace(
         state,
-        params=params,
-        batch_stats=batch_stats,
+        params=trees.merge(new["params"], state.params),
+        batch_stats=new["batch_stats"],
         opt_state=opt_state,
-        ema_params=ema_params,
+        average=average,
         epoch_sums=jax.tree.map(jnp.add, state.epoch_sums, sums),
     )
 
@@ -274,10 +314,11 @@ def train_segment(
     step's bits do not depend on the segment that it falls into. The norm of the gradient is that
     of the last step, of steps whose loss is not finite and, with `skip_nonfinite`, of all.
     """
-    order_key, step_key = jax.random.split(key)
+    order_key, step_key, flip_key = jax.random.split(key, 3)
     n = len(images)
     steps_per_epoch = -(-n // recipe.batch_size)
-    order = epoch_order(order_key, state.step // steps_per_epoch, n, recipe.batch_size)
+    epoch = state.step // steps_per_epoch
+    order = epoch_order(order_key, epoch, n, recipe.batch_size)
     starts_epoch = state.step % steps_per_epoch == 0
     state = replace(
         state, epoch_sums=jax.tree.map(lambda x: jnp.where(starts_epoch, 0, x), state.epoch_sums)
@@ -287,7 +328,7 @@ def train_segment(
         state, history = carry
         rate = jnp.asarray(recipe.schedule(state.step), jnp.float32)
         index = devices.spread(order[state.step % steps_per_epoch])
-        batch = Batch(images[index], labels[index], (index >= 0).astype(jnp.float32))
+        batch = take_batch(recipe, images, labels, index, flip_key, epoch)
         key = jax.random.fold_in(step_key, state.step)
         state, sums, norm = train_step(recipe, state, batch, key, i == n_steps - 1)
         now = History(sums, rate, norm)

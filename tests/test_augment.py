@@ -67,3 +67,50 @@ def test_augment_gives_each_change_its_own_key():
     expected = augment.cutout(augment.translate(augment.flip(MANY, flips), shifts, 1), holes, 2)
     changed = augment.augment(MANY, KEY, flip_images=True, translate_pixels=1, cutout_side=2)
     np.testing.assert_array_equal(changed, expected)
+
+
+def alternated(examples: np.ndarray, epoch: int, key: jax.Array = KEY) -> np.ndarray:
+    """Returns which of the examples, all images alike, are mirrored in an epoch."""
+    images = jnp.repeat(RAMP[:1].astype(jnp.uint8), len(examples), axis=0)
+    seen = augment.alternate_flip(images, key, jnp.asarray(examples), jnp.int32(epoch))
+    mirrored = np.all(seen == images[:, :, ::-1], axis=(1, 2, 3))
+    same = np.all(seen == images, axis=(1, 2, 3))
+    assert np.all(mirrored ^ same)
+    return mirrored
+
+
+def test_alternating_flip_shows_each_image_and_its_mirror_in_turn():
+    first = alternated(np.arange(400), 0)
+    assert 150 < first.sum() < 250
+    for epoch in (1, 2, 3):
+        np.testing.assert_array_equal(alternated(np.arange(400), epoch), first ^ (epoch % 2 == 1))
+
+
+def test_alternating_flip_goes_by_the_example_not_by_its_place():
+    order = np.random.default_rng(0).permutation(400)
+    np.testing.assert_array_equal(alternated(order, 0), alternated(np.arange(400), 0)[order])
+    other = alternated(np.arange(400), 0, jax.random.key(4))
+    assert not np.array_equal(other, alternated(np.arange(400), 0))
+
+
+def test_views_at_test_time():
+    images = np.asarray(RAMP)
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    up, down = padded[:, :6, :6], padded[:, 2:, 2:]
+    expected = {
+        "none": [(1, images)],
+        "mirror": [(0.5, images), (0.5, images[:, :, ::-1])],
+        "mirror_translate": [
+            (0.25, images),
+            (0.25, images[:, :, ::-1]),
+            (0.125, up),
+            (0.125, up[:, :, ::-1]),
+            (0.125, down),
+            (0.125, down[:, :, ::-1]),
+        ],
+    }
+    for test_time, views in expected.items():
+        found = augment.test_time_views(RAMP, test_time)
+        assert [weight for weight, _ in found] == [weight for weight, _ in views]
+        for (_, view), (_, wanted) in zip(found, views, strict=True):
+            np.testing.assert_array_equal(view, wanted)

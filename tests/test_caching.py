@@ -42,7 +42,7 @@ def test_the_frozen_layers_are_not_in_the_compiled_step(
     for cache in (False, True):
         trainer = loop.Trainer(frozen(tiny, HEAD, cache), dataset)
         trainer.compile(trainer.init())
-        compiled[cache] = trainer._segment.as_text().count(" convolution(")
+        compiled[cache] = trainer.compiled.as_text().count(" convolution(")
     assert compiled[False] >= 2
     assert compiled[True] == 0
 
@@ -92,7 +92,7 @@ def test_layer_inputs_are_past_the_activation_and_continue_to_the_logits(dataset
     assert head.shape == (10, 8)
     assert head.min() == 0
     params = variables["params"]["head"]
-    expected = evaluate.logits(model, variables, images, **UNIT)
+    expected = evaluate.logits(model, variables, images, **UNIT, test_time="none")
     np.testing.assert_allclose(
         head @ params["kernel"] + np.asarray(params["bias"])[None], expected, atol=1e-5
     )

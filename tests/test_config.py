@@ -116,7 +116,8 @@ def test_overrides_apply_in_order_and_are_checked_as_a_whole() -> None:
         ("train.epochs.x=1", "train.epochs is a value, not a section"),
         (
             "augment=1",
-            "augment is a section; set one of its fields: flip, translate, cutout",
+            "augment is a section; set one of its fields: flip, alternate_flip, translate, "
+            "cutout, test_time",
         ),
         ("seed=x", "seed=x: expected int"),
         ("seed=1.5", "seed=1.5: expected int"),
@@ -245,6 +246,57 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"accumulate": 0}, "train.accumulate must divide train.batch_size"),
     (TrainConfig, {"accumulate": 3}, "train.accumulate must divide train.batch_size"),
     (TrainConfig, {"ema_decay": 1.0}, "train.ema_decay must be in [0, 1)"),
+    (TrainConfig, {"lookahead_steps": -1}, "train.lookahead_steps must be 0 (off) or more"),
+    (
+        TrainConfig,
+        {"lookahead_steps": 5, "ema_decay": 0.9},
+        "train.lookahead_steps and train.ema_decay are two averages; set one",
+    ),
+    (
+        AugmentConfig,
+        {"flip": True, "alternate_flip": True},
+        "augment.alternate_flip takes the place of augment.flip",
+    ),
+    (
+        ModelConfig,
+        {"name": "airbench"},
+        "model.name=airbench has no hidden dense layers; set model.dense=[]",
+    ),
+    *(
+        (
+            ModelConfig,
+            {"name": "airbench", "dense": (), **field},
+            "model.name=airbench has pools and initial values of its own; leave model.pooling and "
+            "model.initializer out",
+        )
+        for field in ({"pooling": "average"}, {"initializer": "he_uniform"})
+    ),
+    (
+        InitConfig,
+        {"checkpoint": "runs/x", "whiten": "conv1"},
+        "init.whiten would replace what init.checkpoint holds; set one of them",
+    ),
+    (
+        OptimConfig,
+        {"warmup_fraction": 0.2},
+        "optim.warmup_fraction is read only with optim.warmup_epochs",
+    ),
+    (
+        OptimConfig,
+        {"warmup_fraction": 1.2, "warmup_epochs": 1.0},
+        "optim.warmup_fraction must be in [0, 1]",
+    ),
+    (
+        OptimConfig,
+        {"decays": ((".*", 0.1),), "weight_decay": 0.1},
+        "optim.decays takes the place of optim.weight_decay",
+    ),
+    (OptimConfig, {"decays": ((".*", -0.1),)}, "optim.decays: .* needs a decay of 0 or more"),
+    (
+        OptimConfig,
+        {"decays": ((".*", 0.1), (".*", 0.2))},
+        "optim.decays has a pattern twice",
+    ),
     (TrainConfig, {"patience": -1}, "train.patience must be 0 (off) or more"),
     (TrainConfig, {"segment_steps": 0}, "train.segment_steps must be positive"),
     (TrainConfig, {"checkpoint_seconds": -1.0}, "train.checkpoint_seconds must be 0 or more"),
@@ -330,7 +382,7 @@ def test_all_fields_can_be_set() -> None:
         ({"x": 1}, "config fields missing or unknown: x"),
         ({"data": 5}, "data must be an object of fields"),
         ({"seed": "a"}, "seed=a: expected int"),
-        ({"augment": {"flip": True}}, "config fields missing or unknown: augment.cutout, "),
+        ({"augment": {"flip": True}}, "config fields missing or unknown: augment.alternate_flip, "),
         ({"train": None}, "train must be an object of fields"),
     ],
 )
@@ -430,6 +482,29 @@ def test_hyper_parameters_of_the_chapter(name: str) -> None:
     assert optim.warmup_epochs == 0.0
     assert (train.batch_size, train.loss, train.accumulate) == (64, "cross_entropy", 1)
     assert (train.label_smoothing, train.ema_decay, train.patience) == (0.0, 0.0, 0)
+
+
+def test_hyper_parameters_of_airbench() -> None:
+    """Those of the mean loss; the rate of norms is 64 * 1.5 = 96."""
+    chosen = configs.get("airbench")
+    assert chosen.data.mean == (0.4914, 0.4822, 0.4465)
+    assert chosen.data.std == (0.2470, 0.2435, 0.2616)
+    assert chosen.augment == AugmentConfig(
+        flip=False, alternate_flip=True, translate=2, cutout=0, test_time="mirror_translate"
+    )
+    assert chosen.init.whiten == "whiten"
+    optim, train = chosen.optim, chosen.train
+    assert (optim.name, optim.learning_rate, optim.momentum) == ("nesterov", 1.5, 0.85)
+    assert (optim.schedule, optim.warmup_epochs) == ("linear", 2.3)
+    assert (optim.warmup_fraction, optim.final_fraction) == (0.2, 0.07)
+    assert optim.decays == ((".*norm./bias", 2.079e-5), (".*", 1.330e-3))
+    norms, others = (".*norm./bias", 64.0), (".*", 1.0)
+    assert optim.phases == (
+        (0, (("whiten/kernel", None), norms, others)),
+        (3, (("whiten/.*", None), norms, others)),
+    )
+    assert (train.epochs, train.batch_size, train.label_smoothing) == (10, 1024, 0.2)
+    assert (train.lookahead_steps, train.ema_decay) == (5, 0.0)
 
 
 def test_help_needs_nothing_heavy() -> None:

@@ -10,6 +10,7 @@ from cnn_jax.config import ModelConfig
 MODEL = models.build(ModelConfig(name="vgg", blocks=((4,),), dense=(8,)), 3)
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3)).astype(np.uint8)
 UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+ONE_VIEW = {**UNIT, "test_time": "none"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 250])
@@ -17,15 +18,16 @@ def test_logits_of_padded_batches_are_those_of_each_image(monkeypatch, batch_siz
     monkeypatch.setattr(evaluate, "BATCH_SIZE", batch_size)
     variables = MODEL.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
     expected = MODEL.apply(variables, augment.normalize(IMAGES, **UNIT))
-    found = evaluate.logits(MODEL, variables, IMAGES, **UNIT)
+    found = evaluate.logits(MODEL, variables, IMAGES, **ONE_VIEW)
     assert found.shape == (11, 3)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_logits_use_mean_and_std():
     variables = MODEL.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
-    moved = evaluate.logits(MODEL, variables, IMAGES, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-    assert not np.allclose(moved, evaluate.logits(MODEL, variables, IMAGES, **UNIT), atol=1e-3)
+    settings = {**ONE_VIEW, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    moved = evaluate.logits(MODEL, variables, IMAGES, **settings)
+    assert not np.allclose(moved, evaluate.logits(MODEL, variables, IMAGES, **ONE_VIEW), atol=1e-3)
 
 
 def test_score_counts_what_is_right_and_what_is_taken_for_what():
@@ -48,3 +50,23 @@ def test_most_wrong_are_those_whose_label_was_least_likely():
     labels = np.array([1, 1, 1, 1, 0])
     np.testing.assert_array_equal(evaluate.most_wrong(probabilities, labels, 3), [3, 0, 4])
     assert len(evaluate.most_wrong(probabilities, labels, 9)) == 4
+
+
+def test_logits_at_test_time_are_the_weighted_mean_over_views():
+    variables = MODEL.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+
+    def look(images: np.ndarray) -> np.ndarray:
+        return evaluate.logits(MODEL, variables, images, **ONE_VIEW)
+
+    def both(images: np.ndarray) -> np.ndarray:
+        return (look(images) + look(images[:, :, ::-1])) / 2
+
+    padded = np.pad(IMAGES, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    moved = (both(padded[:, :8, :8]) + both(padded[:, 2:, 2:])) / 2
+    for test_time, expected in (
+        ("mirror", both(IMAGES)),
+        ("mirror_translate", (both(IMAGES) + moved) / 2),
+    ):
+        found = evaluate.logits(MODEL, variables, IMAGES, **UNIT, test_time=test_time)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert not np.allclose(found, look(IMAGES), atol=1e-4)

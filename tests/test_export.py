@@ -32,6 +32,7 @@ print(json.dumps([list(loaded.platforms), ours]))
 def test_the_predictor_runs_without_the_project(tmp_path: Path):
     """Wide enough for what a CPU computes in its own way inside the project."""
     small = (*SMALL, "--set=model.blocks=[[16,16]]", "--set=data.mean=0.5,0.4,0.3")
+    small = (*small, "--set=augment.test_time=mirror_translate")
     assert command(*small, "--workdir=run", cwd=tmp_path).returncode == 0
     result = command("--mode=export", "--workdir=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -47,9 +48,8 @@ def test_the_predictor_runs_without_the_project(tmp_path: Path):
     from cnn_jax import config, runs
 
     trained = runs.load_trained(tmp_path / "run", config.load(tmp_path / "run/config.json"))
-    logits = evaluate.logits(
-        trained.model, trained.variables, images, mean=(0.5, 0.4, 0.3), std=(1.0, 1.0, 1.0)
-    )
+    settings = {"mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0), "test_time": "mirror_translate"}
+    logits = evaluate.logits(trained.model, trained.variables, images, **settings)
     np.testing.assert_allclose(found, evaluate.softmax(logits), atol=1e-5)
     about = json.loads((tmp_path / "run/export/predictor.json").read_text())
     assert about["class_names"] == list("0123456789")
@@ -59,7 +59,7 @@ def test_the_predictor_runs_without_the_project(tmp_path: Path):
 def test_vgg16_is_exported_for_both_platforms():
     model = models.VGG16(n_classes=3, blocks=((4,), (16, 16)), dense=(8,), dropout=0.5)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    unit = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    unit = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "test_time": "none"}
     loaded = jax.export.deserialize(
         bytearray(export.predictor(model, variables, (32, 32, 3), **unit))
     )

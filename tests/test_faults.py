@@ -329,7 +329,7 @@ def test_foreign_files_among_the_checkpoints_are_left_alone(whole: Path, tmp_pat
     [
         ("optim", {"name": "adam"}, "opt_state.0.0.trace", "opt_state.0.0.count"),
         ("model", {"dense": (9,)}, "fc1.bias [8]", "fc1.bias [9]"),
-        ("train", {"ema_decay": 0.5}, "nothing else", "ema_params.block1"),
+        ("train", {"ema_decay": 0.5}, "nothing else", "average.params.block1"),
     ],
 )
 def test_a_checkpoint_of_another_optimizer_or_network_is_not_gone_on_from(

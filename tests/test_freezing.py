@@ -34,13 +34,13 @@ def test_the_first_full_match_wins():
 def test_groups_that_do_not_divide_up_the_parameters_list_both_sides():
     groups = (("head/.*", 1.0), ("haed/.*", 0.5), ("head/kernel", 0.1), ("block1/.*/bias", None))
     with pytest.raises(UserError) as caught:
-        optim.check_groups(groups, NAMES)
+        optim.check_groups("optim.groups", groups, NAMES)
     assert str(caught.value) == (
         "optim.groups: parameters that no pattern matches: block1/conv1/kernel; "
         "patterns that are the first to match nothing: haed/.*, head/kernel"
     )
-    optim.check_groups(HEAD, NAMES)
-    optim.check_groups((), NAMES)
+    optim.check_groups("optim.groups", HEAD, NAMES)
+    optim.check_groups("optim.groups", (), NAMES)
 
 
 def test_groups_are_checked_before_the_first_step(tiny: Config, dataset: ImageDataset):
@@ -66,7 +66,9 @@ def test_frozen_parameters_keep_their_bits(tiny: Config, dataset: ImageDataset, 
     images, labels = dataset.train.images[:8], dataset.train.labels[:8]
     batch = train.Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(8))
     alone, *_ = train.train_step(trainer.recipe, trainer.init(), batch, jax.random.key(0))
-    for params in (state.params, state.ema_params, alone.params, alone.ema_params):
+    assert list(leaves(state.average["params"])) == ["head/bias", "head/kernel"]
+    evaluated = [s.eval_variables["params"] for s in (state, alone)]
+    for params in (state.params, alone.params, *evaluated):
         for leaf_name, leaf in leaves(params).items():
             same = np.array_equal(leaf, before[leaf_name])
             assert same == (not leaf_name.startswith("head/")), leaf_name
@@ -200,3 +202,21 @@ def test_dropout_goes_with_the_layer_that_it_follows():
     assert len(set(losses)) == 3
     before, _, _ = step_of_normed(())
     np.testing.assert_array_equal(after.batch_stats["bn"]["mean"], before.batch_stats["bn"]["mean"])
+
+
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.5}, {"lookahead_steps": 2}])
+def test_the_average_of_what_a_phase_unfreezes_starts_from_its_value(
+    tiny: Config, dataset: ImageDataset, settings: dict
+):
+    phases = ((0, HEAD), (1, ((".*", 1.0),)))
+    trainer = loop.Trainer(edit(tiny, optim={"phases": phases}, train=settings), dataset)
+    state, _ = run(trainer, 3)
+    assert list(leaves(state.average["params"])) == ["head/bias", "head/kernel"]
+    state = trainer.enter_phase(state, 3)
+    before = leaves(jax.tree.map(np.array, state.params))
+    average = leaves(jax.tree.map(np.array, state.average["params"]))
+    assert list(average) == list(before)
+    for name, leaf in average.items():
+        assert np.array_equal(leaf, before[name]) == (not name.startswith("head/")), name
+    state, _ = trainer.run_segment(state, 1)
+    assert not np.array_equal(leaves(state.params)["fc1/kernel"], before["fc1/kernel"])

@@ -1,5 +1,6 @@
 """The networks: parameter counts of the chapter, layer names, and what each field changes."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from cnn_jax import configs, models, trees
 from cnn_jax.config import ModelConfig
+from cnn_jax.errors import UserError
 
 CIFAR = (32, 32, 3)
 SMALL = ModelConfig(name="vgg", blocks=((4, 4), (8,)), dense=(16, 12))
@@ -224,3 +226,115 @@ def test_summarize_computes_nothing_and_leaves_grayscale_to_the_caller():
     shapes = [row.output_shape for row in rows(SMALL, (9, 9, 1))]
     assert shapes[0] == (9, 9, 4)
     assert shapes[2] == (4, 4, 4)
+
+
+def test_layers_and_work_of_airbench():
+    found = rows(configs.get("airbench").model)
+    assert [(r.name, r.output_shape) for r in found] == [
+        ("whiten", (31, 31, 24)),
+        ("group1/conv1", (31, 31, 64)),
+        ("group1/pool", (15, 15, 64)),
+        ("group1/norm1", (15, 15, 64)),
+        ("group1/conv2", (15, 15, 64)),
+        ("group1/norm2", (15, 15, 64)),
+        ("group2/conv1", (15, 15, 256)),
+        ("group2/pool", (7, 7, 256)),
+        ("group2/norm1", (7, 7, 256)),
+        ("group2/conv2", (7, 7, 256)),
+        ("group2/norm2", (7, 7, 256)),
+        ("group3/conv1", (7, 7, 256)),
+        ("group3/pool", (3, 3, 256)),
+        ("group3/norm1", (3, 3, 256)),
+        ("group3/conv2", (3, 3, 256)),
+        ("group3/norm2", (3, 3, 256)),
+        ("pool", (1, 1, 256)),
+        ("head", (10,)),
+    ]
+    assert sum(row.params for row in found) == 1_971_640
+    assert sum(row.flops for row in found) == 236_294_720
+
+
+AIRBENCH = ModelConfig(name="airbench", blocks=((4, 6), (5,)), dense=(), activation="gelu")
+WIDE = jax.random.uniform(jax.random.key(1), (3, 14, 14, 3))
+
+
+@functools.cache
+def airbench_start() -> dict:
+    return jax.jit(models.build(AIRBENCH, 10).init)(jax.random.key(0), WIDE)
+
+
+def test_airbench_starts_as_pytorch_does_with_an_identity_in_each_group():
+    variables = airbench_start()
+    params = trees.named_leaves(variables["params"])
+    fan_in = {"whiten/kernel": 12, "whiten/bias": 12, "head/kernel": 5}
+    fan_in |= {"group1/conv1/kernel": 216, "group1/conv2/kernel": 36, "group2/conv1/kernel": 54}
+    norms = {"group1/norm1/bias", "group1/norm2/bias", "group2/norm1/bias"}
+    assert set(params) == fan_in.keys() | norms
+    assert not any(np.any(params[name]) for name in norms)
+    for name, n in fan_in.items():
+        kernel = np.array(params[name])
+        if "conv" in name:
+            first = min(kernel.shape[2:])
+            identity = np.zeros(kernel[..., :first].shape)
+            identity[1, 1, range(first), range(first)] = 1
+            np.testing.assert_array_equal(kernel[..., :first], identity)
+            kernel = kernel[..., first:]
+        if kernel.size:
+            assert 0.75 / np.sqrt(n) < np.abs(kernel).max() <= 1 / np.sqrt(n), name
+
+
+def airbench_by_hand(variables: dict, train: bool) -> tuple[np.ndarray, dict]:
+    """AIRBENCH written out, and the statistics of the batch by layer."""
+    params, seen = variables["params"], {}
+
+    def convolve(x, kernel, padding):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
+
+    def gelu(x):
+        return x * jax.scipy.stats.norm.cdf(x)
+
+    def pool(x, side):
+        n, h, w, c = x.shape
+        x = np.asarray(x)[:, : h // side * side, : w // side * side]
+        return x.reshape(n, h // side, side, w // side, side, c).max(axis=(2, 4))
+
+    def norm(x, group, name):
+        x = np.asarray(x, np.float64)
+        stats = variables["batch_stats"][group][name]
+        seen[group, name] = batch = {"mean": x.mean((0, 1, 2)), "var": x.var((0, 1, 2))}
+        stats = {k: np.reshape(v, (1, 1, 1, -1)) for k, v in (batch if train else stats).items()}
+        x = (x - stats["mean"]) / np.sqrt(stats["var"])
+        return gelu((x + np.reshape(params[group][name]["bias"], (1, 1, 1, -1))).astype(np.float32))
+
+    whiten = params["whiten"]
+    x = convolve(WIDE, whiten["kernel"], "VALID") + whiten["bias"].reshape(1, 1, 1, -1)
+    x = pool(convolve(gelu(x), params["group1"]["conv1"]["kernel"], "SAME"), 2)
+    x = convolve(norm(x, "group1", "norm1"), params["group1"]["conv2"]["kernel"], "SAME")
+    x = convolve(norm(x, "group1", "norm2"), params["group2"]["conv1"]["kernel"], "SAME")
+    x = pool(norm(pool(x, 2), "group2", "norm1"), 3).reshape(3, 5)
+    return x @ np.asarray(params["head"]["kernel"]) / 9, seen
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_airbench_equals_the_network_written_out(train: bool):
+    model, variables = models.build(AIRBENCH, 10), airbench_start()
+    # Biases and statistics start at 0 and 1, with which much could be wrong unnoticed.
+    variables = jax.tree.map(
+        lambda x: x + 0.3 * np.random.default_rng(x.size).random(x.shape, np.float32), variables
+    )
+    expected, seen = airbench_by_hand(variables, train)
+    apply = jax.jit(lambda v: model.apply(v, WIDE, train=train, mutable=["batch_stats"]))
+    found, mutated = apply(variables)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+    for (group, name), batch in seen.items():
+        for kind, old in variables["batch_stats"][group][name].items():
+            moved = 0.6 * old + 0.4 * batch[kind] if train else old
+            new = mutated["batch_stats"][group][name][kind]
+            np.testing.assert_allclose(new, moved, rtol=1e-5, atol=1e-6)
+
+
+def test_airbench_refuses_images_that_its_pools_would_use_up():
+    assert rows(AIRBENCH, (13, 13, 3))[-2].output_shape == (1, 1, 5)
+    with pytest.raises(UserError, match="2 blocks need images of 13x13 or larger, not 12x14"):
+        rows(AIRBENCH, (12, 14, 3))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from cnn_jax import optim
-from cnn_jax.config import OptimConfig
+from cnn_jax.config import OptimConfig, TrainConfig
 
 PARAMS = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])}
 GRADS = [
@@ -114,3 +114,60 @@ def test_clipping_scales_the_whole_gradient_to_the_norm():
     params = run(OptimConfig(name="sgd", learning_rate=1.0, clip_norm=1.0), [grads])
     np.testing.assert_allclose(params["kernel"], [1 - 0.6, -2], rtol=1e-6)
     np.testing.assert_allclose(params["bias"], [0.5 - 0.8], rtol=1e-6)
+
+
+def test_decays_hold_for_what_they_match_first_and_are_added_before_momentum():
+    # g1 = g + d p; v1 = g1; step by g1 + m v1; then the same with the moved parameter.
+    decays = (("bias", 0.2), (".*", 0.3))
+    config = OptimConfig(name="nesterov", learning_rate=0.1, momentum=0.85, decays=decays)
+    params = run(config)
+    for name, decay, grads in (
+        ("kernel", 0.3, ([0.1, 0.2], [0.3, -0.4])),
+        ("bias", 0.2, ([-1.0], [2.0])),
+    ):
+        p, v = np.asarray(PARAMS[name], np.float64), 0.0
+        for g in grads:
+            g = np.array(g) + decay * p
+            v = 0.85 * v + g
+            p = p - 0.1 * (g + 0.85 * v)
+        np.testing.assert_allclose(params[name], p, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_a_decay_of_zero_and_no_match_leave_alone(name: str):
+    decays = (("kernel", 0.0),)
+    found = run(OptimConfig(name=name, decays=decays))
+    plain = run(OptimConfig(name=name))
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+
+
+def test_adamw_takes_decays_apart_from_the_gradient():
+    decays = (("bias", 0.5), ("kernel", 0.0))
+    params = run(OptimConfig(name="adamw", learning_rate=0.1, decays=decays), GRADS[:1])
+    np.testing.assert_allclose(params["kernel"], [0.9, -2.1], rtol=1e-5)
+    np.testing.assert_allclose(params["bias"], [0.6 - 0.025], rtol=1e-5)
+
+
+def test_warmup_starts_at_its_fraction_of_the_peak():
+    config = OptimConfig(
+        learning_rate=1.5,
+        schedule="linear",
+        warmup_epochs=2.3,
+        warmup_fraction=0.2,
+        final_fraction=0.07,
+    )
+    values = rates(config, [0, 23, 100])
+    np.testing.assert_allclose(values, [0.3, 1.5, 0.105], rtol=1e-6)
+    np.testing.assert_allclose(rates(config, [11])[0], 1.5 * (0.2 + 0.8 * 11 / 23), rtol=1e-6)
+
+
+def test_what_an_average_keeps_of_itself():
+    ema = optim.make_average_decay(TrainConfig(ema_decay=0.75), 100)
+    lookahead = optim.make_average_decay(TrainConfig(lookahead_steps=5), 100)
+    assert ema is not None
+    assert lookahead is not None
+    assert [float(ema(jnp.int32(t))) for t in (1, 5, 100)] == [0.75] * 3
+    kept = [float(lookahead(jnp.int32(t))) for t in (1, 4, 5, 50, 99, 100)]
+    expected = [1, 1, 9.672262e-5, 0.096722617, 1, 0.77378094]
+    np.testing.assert_allclose(kept, expected, rtol=1e-6)
+    assert optim.make_average_decay(TrainConfig(), 100) is None

@@ -101,3 +101,16 @@ def test_a_tenth_of_the_best_rate_is_suggested():
     rates, losses = np.array([1e-3, 1e-2, 1e-1, 1.0]), np.array([2.0, 0.1, 3.0, 9.0])
     smoothed = np.array([2.0, 1.9, 1.5, 4.0])
     assert rate_finder.Found(rates, losses, smoothed).suggested == pytest.approx(0.01)
+
+
+def test_an_average_of_the_whole_run_plays_no_part(tiny: Config, dataset: ImageDataset):
+    """Its share of a step past the end of the run would be above 1."""
+    plain = find(small(tiny), dataset, 3)
+    averaged = find(edit(small(tiny), train={"lookahead_steps": 1}), dataset, 3)
+    np.testing.assert_array_equal(averaged.losses, plain.losses)
+
+
+def test_images_are_mirrored_where_training_would(tiny: Config, dataset: ImageDataset):
+    plain = find(small(tiny), dataset, 3)
+    mirrored = find(edit(small(tiny), augment={"alternate_flip": True}), dataset, 3)
+    assert not np.isclose(mirrored.losses[0], plain.losses[0], rtol=1e-6)

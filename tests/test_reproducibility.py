@@ -93,11 +93,22 @@ def test_a_signal_saves_says_how_to_resume_and_resumes(
     assert result(workdir) == result(whole)
 
 
+AVERAGED = {"optim": {"name": "adam"}, "train": {"ema_decay": 0.9}}
+ALTERNATING = {
+    "augment": {"alternate_flip": True},
+    "model": {"name": "airbench", "blocks": ((4,),), "dense": (), "dropout": 0.0},
+    "init": {"whiten": "whiten"},
+    "optim": {"phases": ((0, ((".*", 1.0),)), (1, (("whiten/.*", None), (".*", 1.0))))},
+    "train": {"lookahead_steps": 2},
+}
+
+
+@pytest.mark.parametrize("changes", [AVERAGED, ALTERNATING], ids=["averaged", "alternating"])
 def test_a_stop_after_any_step_changes_no_bit(
-    tiny: Config, dataset: ImageDataset, tmp_path: Path, monkeypatch
+    tiny: Config, dataset: ImageDataset, tmp_path: Path, monkeypatch, changes: dict
 ):
-    """Every step of a run, with an average of the parameters, Adam's moments and two epochs."""
-    config = edit(tiny, optim={"name": "adam"}, train={"ema_decay": 0.9, "segment_steps": 1})
+    """Every step of a run of two epochs, with all that a state can hold."""
+    config = edit(edit(tiny, **changes), train={"segment_steps": 1})
     trainer = loop.Trainer(config, dataset)
 
     def fit(workdir: Path) -> str:

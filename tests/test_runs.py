@@ -10,7 +10,7 @@ import pytest
 from test_train import edit, quiet
 
 from cnn_jax import config as configuration
-from cnn_jax import loop, runs, trees
+from cnn_jax import evaluate, loop, losses, runs, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
@@ -105,6 +105,22 @@ def test_a_trained_model_gives_the_reported_result(
     logits = trained.logits(dataset.test.images)
     accuracy = float(np.mean(logits.argmax(axis=1) == dataset.test.labels))
     assert accuracy == summary["test_accuracy"]
+
+
+def test_views_at_test_time_count_everywhere_and_the_plain_accuracy_stands_beside(
+    tiny: Config, dataset: ImageDataset, workdir: Path
+):
+    """After one epoch from a rate at which little is learnt, so that views are not all alike."""
+    config = edit(tiny, augment={"test_time": "mirror_translate"}, optim={"learning_rate": 1e-3})
+    summary = finish(config, dataset, workdir)
+    test = dataset.test
+    for test_time, name in (("mirror_translate", "test_accuracy"), ("none", "test_accuracy_plain")):
+        trained = runs.load_trained(workdir, edit(config, augment={"test_time": test_time}))
+        logits = trained.logits(test.images)
+        assert summary[name] == np.mean(logits.argmax(axis=1) == test.labels)
+        loss = evaluate.score(logits, test.labels, losses.cross_entropy).loss
+        same = np.isclose(loss, summary["test_loss"], rtol=1e-6)
+        assert same == (name == "test_accuracy")
 
 
 def test_early_stopping_reports_on_the_best(tiny: Config, dataset: ImageDataset, workdir: Path):

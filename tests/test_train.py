@@ -75,7 +75,7 @@ def test_an_epoch_uses_every_example_once_and_masks_the_padding():
     assert order.shape == (3, 8)
     flat = np.asarray(order).ravel()
     assert sorted(flat[:22]) == list(range(22))
-    assert list(flat[22:]) == [-1, -1]
+    assert list(flat[22:]) == [-1 - flat[0], -1 - flat[1]]
     assert list(flat[:22]) != list(range(22))
 
 
@@ -171,9 +171,116 @@ def test_ema_is_the_running_average_of_the_parameters(tiny: Config, dataset: Ima
     start = np.asarray(plain.init().params["head"]["kernel"])
     state, _ = run(averaged, 2)
     expected = 0.75 * (0.75 * start + 0.25 * kernels[0]) + 0.25 * kernels[1]
-    np.testing.assert_allclose(state.ema_params["head"]["kernel"], expected, rtol=1e-5, atol=1e-7)
+    found = state.average["params"]["head"]["kernel"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(state.params["head"]["kernel"], kernels[1])
-    assert state.eval_variables["params"] is state.ema_params
+    np.testing.assert_array_equal(state.eval_variables["params"]["head"]["kernel"], found)
+
+
+def normed(config: Config) -> Config:
+    """Returns `config` with a small network that has BatchNorm."""
+    model = {"name": "airbench", "blocks": ((4,),), "dense": (), "dropout": 0.0}
+    return edit(config, model=model)
+
+
+def test_lookahead_goes_on_from_the_average_and_evaluates_it(tiny: Config, dataset: ImageDataset):
+    """0.95^2 (2 / 6)^3 of the start stays after two of six steps, running statistics included."""
+    trainer = loop.Trainer(edit(normed(tiny), train={"lookahead_steps": 2}), dataset)
+    plain = loop.Trainer(normed(tiny), dataset)
+
+    def leaves(trainer: loop.Trainer) -> list[tuple[dict[str, np.ndarray], ...]]:
+        """What is trained and what is evaluated, by name, after 0 to 3 steps."""
+        state, found = trainer.init(), []
+        trainer.compile(state)
+        for _ in range(4):
+            live = {"params": state.params, "batch_stats": state.batch_stats}
+            both = jax.tree.map(np.array, (live, state.eval_variables))
+            found.append(tuple(map(trees.named_leaves, both)))
+            state, _ = trainer.run_segment(state, 1)
+        return found
+
+    (start, _), (first, _), (after, _), _ = leaves(plain)
+    _, (one, average_of_one), (two, average_of_two), (three, average_of_three) = leaves(trainer)
+    kept = 0.95**2 * (2 / 6) ** 3
+    for name in start:
+        np.testing.assert_array_equal(one[name], first[name])
+        np.testing.assert_array_equal(average_of_one[name], start[name])
+        expected = kept * start[name] + (1 - kept) * after[name]
+        np.testing.assert_allclose(two[name], expected, rtol=1e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_array_equal(average_of_two[name], two[name])
+        np.testing.assert_array_equal(average_of_three[name], two[name])
+        assert not np.array_equal(three[name], two[name]), name
+
+
+def test_what_a_phase_freezes_keeps_its_last_value_not_its_average(
+    tiny: Config, dataset: ImageDataset
+):
+    groups = (("whiten/.*", None), (".*", 1.0))
+    config = edit(
+        normed(tiny),
+        optim={"phases": ((0, ((".*", 1.0),)), (1, groups))},
+        train={"lookahead_steps": 2},
+    )
+    trainer = loop.Trainer(config, dataset)
+    state, _ = run(trainer, 3)
+    last = {name: np.asarray(leaf) for name, leaf in state.params["whiten"].items()}
+    average = np.asarray(state.average["params"]["head"]["kernel"])
+    state = trainer.enter_phase(state, 3)
+    assert state.average["params"]["whiten"] == {"bias": None, "kernel": None}
+    np.testing.assert_array_equal(state.average["params"]["head"]["kernel"], average)
+    state, _ = trainer.run_segment(state, 2)
+    for name, leaf in last.items():
+        np.testing.assert_array_equal(state.params["whiten"][name], leaf)
+        np.testing.assert_array_equal(state.eval_variables["params"]["whiten"][name], leaf)
+
+
+def test_batch_norm_sees_other_examples_as_padding_not_one_again_and_again(
+    tiny: Config, dataset: ImageDataset
+):
+    """A batch padded with the whole set once more has the set's own mean and variance."""
+    config = edit(normed(tiny), train={"batch_size": 22})
+    exact, _ = run(loop.Trainer(config, dataset), 1)
+    padded, _ = run(loop.Trainer(edit(config, train={"batch_size": 44}), dataset), 1)
+    assert float(padded.epoch_sums.count) == 22
+    np.testing.assert_allclose(padded.epoch_sums.loss, exact.epoch_sums.loss, rtol=1e-5)
+    expected = trees.named_leaves(exact.batch_stats)
+    for name, leaf in trees.named_leaves(padded.batch_stats).items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_alternating_flip_is_drawn_by_example_and_turns_with_the_epoch(
+    tiny: Config, dataset: ImageDataset, monkeypatch
+):
+    """Whatever step an example falls into, an epoch later its mirror image is trained on."""
+    config = edit(no_dropout(tiny), augment={"alternate_flip": True}, optim={"learning_rate": 1e-9})
+    seen: dict[int, list[tuple[int, bool]]] = {}
+
+    def record(images, step):
+        for image in np.asarray(images):
+            for i, own in enumerate(dataset.train.images):
+                for flipped, view in ((False, own), (True, own[:, ::-1])):
+                    if np.array_equal(image, view):
+                        seen.setdefault(int(step) // 3, []).append((i, flipped))
+
+    original = train.train_step
+
+    def recorded(recipe, state, batch, *rest):
+        jax.debug.callback(record, batch.images, state.step)
+        return original(recipe, state, batch, *rest)
+
+    monkeypatch.setattr(train, "train_step", recorded)
+    run(loop.Trainer(config, dataset), 6)
+    jax.effects_barrier()
+    first, second = (dict(seen[epoch]) for epoch in (0, 1))
+    assert set(first) == set(second) == set(range(22))
+    assert second == {i: not flipped for i, flipped in first.items()}
+    assert 4 < sum(first.values()) < 18
+
+
+def test_decays_are_checked_against_the_parameters(tiny: Config, dataset: ImageDataset):
+    decays = (("haed/.*", 0.1), (".*/kernel", 0.2))
+    with pytest.raises(UserError, match=r"^optim.decays: .*block1/conv1/bias.*haed"):
+        loop.Trainer(edit(tiny, optim={"decays": decays}), dataset)
 
 
 def test_epoch_sums_are_those_of_every_example(tiny: Config, dataset: ImageDataset):
@@ -399,7 +506,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     assert [line["step"] for line in written if line["grad_norm"] is None] == [2, 6]
     assert float(state.epoch_sums.count) == 16  # the last batch, of 6, was the skipped one
     before, after = (run(trainer, n)[0] for n in (5, 6))
-    for name in ("params", "opt_state", "ema_params", "epoch_sums"):
+    for name in ("params", "opt_state", "average", "epoch_sums"):
         assert trees.sha256(getattr(before, name)) == trees.sha256(getattr(after, name))
     assert (int(before.step), int(after.step)) == (5, 6)
     monkeypatch.undo()
@@ -438,6 +545,6 @@ def test_no_parameter_is_copied_in_a_step(tiny: Config, dataset: ImageDataset):
     config = edit(no_dropout(tiny), model={"dense": (72, 40)})
     trainer = loop.Trainer(config, dataset)
     trainer.compile(trainer.init())
-    program = trainer._segment.as_text()
+    program = trainer.compiled.as_text()
     assert "f32[72,40]" in program
     assert re.findall(r"= f32\[72,40\]\S* copy\(", program) == []

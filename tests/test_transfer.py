@@ -69,7 +69,7 @@ def test_kind_names_the_checkpoint(tiny: Config, dataset: ImageDataset, source: 
 def test_averaged_parameters_start_there_too(tiny: Config, dataset: ImageDataset, source: Path):
     config = start_from(edit(tiny, train={"ema_decay": 0.9}), source)
     state = loop.Trainer(config, dataset).start(RunLog(Path(), silent()))
-    assert trees.sha256(state.ema_params) == trees.sha256(state.params)
+    assert trees.sha256(state.average["params"]) == trees.sha256(state.params)
 
 
 def test_what_differs_is_an_error_that_lists_both_sides(
@@ -233,6 +233,6 @@ def test_fine_tuning_configs_divide_up_the_chapters_networks(name: str):
         model = configs.get(network).model
         names = models.param_names(models.build(model, 10), (32, 32, 3))
         for _, groups in optim.make_phases(config.optim, len(model.blocks), 1):
-            optim.check_groups(groups, names)
+            optim.check_groups("optim.groups", groups, names)
             assert optim.multiplier(groups, "head/kernel") == 1.0
     assert configuration.from_dict(json.loads(json.dumps(configuration.to_dict(config)))) == config
