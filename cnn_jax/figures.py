@@ -24,8 +24,8 @@ from cnn_jax.models import LayerSummary
 
 Array1 = Float[np.ndarray, "n"]
 
-# Okabe and Ito, "Color Universal Design" (2008), without the yellow that is pale on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito, "Color Universal Design" (2008), with gray for the yellow that is pale on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
 
