@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -91,6 +92,7 @@ def quiet_log(workdir: Path) -> RunLog:
 
 def train(wanted: Config, workdir: Path) -> float:
     """Trains unless that is done already, and returns the test accuracy."""
+    jax.clear_caches()  # Programs of earlier runs: a process can't hold hundreds of them.
     with runs.claim(workdir, wanted):
         summary = runs.finished(workdir)
         if summary is None:
@@ -132,6 +134,7 @@ def best_rate(method: str, source: Path, epochs: int, folder: Path) -> tuple[flo
 
 def classify(wanted: Config, name: str, workdir: Path) -> float:
     """Trains a classifier on the pretrained network's penultimate features."""
+    jax.clear_caches()
     path = workdir / f"{name}.json"
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)

@@ -141,10 +141,10 @@ def test_average_pooling_averages_what_max_pooling_takes_the_largest_of():
     config = ModelConfig(name="simple_cnn", blocks=((4,),), dense=())
     largest, mean = (models.build(replace(config, pooling=p), 10) for p in ("max", "average"))
     variables = largest.init(jax.random.key(0), IMAGES)
-    maps = np.asarray(models.layer_input(largest, variables, IMAGES, "pool"))
+    maps = np.asarray(models.layer_inputs(largest, variables, IMAGES)["pool"])
     windows = maps.reshape(2, 4, 2, 4, 2, 4)
     for model, pooled in ((largest, windows.max(axis=(2, 4))), (mean, windows.mean(axis=(2, 4)))):
-        found = models.layer_input(model, variables, IMAGES, "head")
+        found = models.layer_inputs(model, variables, IMAGES)["head"]
         np.testing.assert_allclose(found, pooled.reshape(2, -1), atol=1e-7)
 
 
