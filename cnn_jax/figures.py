@@ -237,7 +237,12 @@ def learning_curves(
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     axes[1].set_ylim(bottom=0)
-    axes[1].legend(fontsize=_SMALL)
+    if single:
+        axes[1].legend(fontsize=_SMALL)
+    else:  # Many lines, and none of them hidden.
+        entries = axes[1].get_legend_handles_labels()
+        columns = min(len(histories), 3)
+        figure.legend(*entries, loc="outside upper center", fontsize=_SMALL, ncols=columns)
     return figure
 
 

@@ -34,7 +34,7 @@ from cnn_jax import export as exporting
 from cnn_jax import features as extraction
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError, printable
-from cnn_jax.run_log import RunLog, SilentLog, read_metrics
+from cnn_jax.run_log import RunLog, SilentLog
 from cnn_jax.stop import Stopped
 
 # The last of equal flags counts, so this one stands after the user's own.
@@ -114,13 +114,8 @@ def evaluate(config: Config, workdir: Path, kind: str) -> None:
     runs.check_config(workdir, config)
     trained = runs.load_trained(workdir, config, kind)
     dataset = _load_data(config, console)
-    _check_classes(dataset, trained, workdir)
+    runs.check_classes(workdir, trained, dataset)
     _print_evaluation(console, trained, dataset)
-
-
-def _check_classes(dataset: data.ImageDataset, trained: runs.TrainedModel, workdir: Path) -> None:
-    if dataset.class_names != trained.class_names:
-        raise UserError(f"the classes of the images are not those {workdir} was trained on")
 
 
 def _print_evaluation(
@@ -179,7 +174,7 @@ def features(config: Config, workdir: Path, kind: str) -> None:
     else:
         runs.check_config(workdir, config)
         trained = runs.load_trained(workdir, config, kind)
-        _check_classes(dataset, trained, workdir)
+        runs.check_classes(workdir, trained, dataset)
         model, variables = trained.model, trained.variables
         predicted = trained.logits(dataset.test.images).argmax(axis=1)
         own = float(np.mean(predicted == dataset.test.labels))
@@ -243,16 +238,7 @@ def figures(config: Config, workdir: Path, kind: str) -> None:
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     runs.check_config(workdir, config)
-    trained = runs.load_trained(workdir, config, kind)
-    summary = runs.finished(workdir)
-    if summary is None:
-        raise UserError(f"{workdir} is not finished; the command that trains it goes on with it")
-    metrics = read_metrics(workdir)
-    dataset = _load_data(config, console)
-    _check_classes(dataset, trained, workdir)
-    logits = trained.logits(dataset.test.images)
-    test = evaluation.score(logits, dataset.test.labels, losses.from_config(config.train))
-    ended = report.Run(summary, metrics, dataset, trained.model, trained.variables, test)
+    ended = runs.load_ended(workdir, config, _load_data(config, console), kind)
     with runs.claim(workdir, config):
         for path in report.write_pictures(workdir, ended):
             console.print(printable(path))

@@ -27,6 +27,8 @@ from cnn_jax.errors import UserError, one_line, printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from cnn_jax.figures import Measured
+
 MISTAKES = 10
 """Images shown of those that the network is most wrong about."""
 _BINS = 200  # Points that the losses of single steps are averaged to.
@@ -154,9 +156,9 @@ def pictures(run: Run) -> Iterator[tuple[str, "Figure"]]:
     # Matplotlib takes half a second to import, which whoever only asks for help should not wait.
     from cnn_jax import figures
 
-    epochs = [line for line in run.metrics if "train_loss" in line]
-    if epochs:
-        yield "learning_curves", figures.learning_curves({"": _parts(run, epochs)}, _steps(run))
+    measured = history(run)
+    if "train" in measured:
+        yield "learning_curves", figures.learning_curves({"": measured}, _steps(run))
     names, test = run.dataset.class_names, run.dataset.test
     yield "confusion", figures.confusion(run.test.confusion, names)
     if len(run.wrong):
@@ -187,13 +189,13 @@ def _all_pictures(run: Run) -> Iterator[tuple[str, "Figure"]]:
     yield "activation_functions", figures.activation_functions()
 
 
-def _parts(run: Run, epochs: list[dict[str, Any]]) -> dict[str, Any]:
+def history(run: Run) -> "dict[str, Measured]":
     """Returns what was measured by part; of the test set, once at the epoch that is reported."""
     from cnn_jax.figures import Measured
 
     parts = {}
     for part in ("train", "validation"):
-        lines = [line for line in epochs if f"{part}_loss" in line]
+        lines = [line for line in run.metrics if f"{part}_loss" in line]
         columns = [[x[k] for x in lines] for k in ("epoch", f"{part}_loss", f"{part}_accuracy")]
         if lines:
             parts[part] = Measured(*map(np.array, columns))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cnn_jax import checkpoint, config, devices, evaluate, loop, models, report, trees
+from cnn_jax import checkpoint, config, devices, evaluate, loop, losses, models, report, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, one_line
@@ -280,3 +280,41 @@ def load_trained(workdir: Path, run_config: Config, kind: str = "") -> TrainedMo
         image_shape=tuple(loaded.record["image_shape"]),
         step=loaded.step,
     )
+
+
+def check_classes(workdir: Path, trained: TrainedModel, dataset: ImageDataset) -> None:
+    """Refuses images of other classes than those that a network was trained on.
+
+    Raises:
+        UserError: names the workdir.
+    """
+    if dataset.class_names != trained.class_names:
+        raise UserError(f"the classes of the images are not those {workdir} was trained on")
+
+
+def load_ended(workdir: Path, run_config: Config, dataset: ImageDataset, kind: str = "") -> Run:
+    """Returns a finished run, with what its network makes of the test images of `dataset`.
+
+    Raises:
+        UserError: it is not finished, or was trained on images of other classes.
+    """
+    trained = load_trained(workdir, run_config, kind)
+    summary = finished(workdir)
+    if summary is None:
+        raise UserError(f"{workdir} is not finished; the command that trains it goes on with it")
+    check_classes(workdir, trained, dataset)
+    logits = trained.logits(dataset.test.images)
+    test = evaluate.score(logits, dataset.test.labels, losses.from_config(run_config.train))
+    return Run(summary, read_metrics(workdir), dataset, trained.model, trained.variables, test)
+
+
+def train(wanted: Config, dataset: ImageDataset, workdir: Path) -> Run:
+    """Trains or resumes a run of one seed, and returns it: all of it in one call, for notebooks.
+
+    Raises:
+        UserError: the workdir belongs to another config or process, or the run is not finite.
+    """
+    with claim(workdir, wanted):
+        if finished(workdir) is None:
+            run(loop.Trainer(wanted, dataset), workdir, RunLog)
+        return load_ended(workdir, wanted, dataset)

@@ -137,11 +137,14 @@ def test_curves_tell_parts_and_runs_apart_without_colours():
         return figures.Measured(np.array([1, 2]), np.array([first, 1.0]), np.array([0.25, 0.5]))
 
     parts = {"train": measured(2.0), "validation": measured(3.0)}
-    accuracy, loss = figures.learning_curves({"a": parts, "b": parts}).axes
+    figure = figures.learning_curves({"a": parts, "b": parts})
+    accuracy, loss = figure.axes
     assert (accuracy.get_ylabel(), loss.get_ylabel()) == ("accuracy (%)", "loss")
     assert accuracy.get_xlabel() == loss.get_xlabel() == "epoch"
     labels = [line.get_label() for line in loss.lines]
     assert labels == ["a, train", "a, validation", "b, train", "b, validation"]
+    assert [text.get_text() for text in figure.legends[0].texts] == labels
+    assert loss.get_legend() is None
     np.testing.assert_array_equal(accuracy.lines[0].get_ydata(), [25, 50])
     np.testing.assert_array_equal(loss.lines[1].get_ydata(), [3, 1])
     styles = {(line.get_linestyle(), line.get_marker()) for line in loss.lines}

@@ -178,3 +178,28 @@ def test_seeds_are_runs_of_their_own_with_one_compilation(
     with pytest.raises(UserError, match="holds 3 runs"):
         runs.check_single(folder, config)
     runs.check_single(folder / "seed-4", tiny)
+
+
+def test_train_returns_a_run_to_look_at_and_does_not_train_it_twice(
+    tiny: Config, dataset: ImageDataset, workdir: Path, capsys: pytest.CaptureFixture[str]
+):
+    first = runs.train(tiny, dataset, workdir)
+    assert capsys.readouterr().out.count("epoch ") == 2
+    again = runs.train(tiny, dataset, workdir)
+    assert capsys.readouterr().out == ""
+    assert again.summary == first.summary
+    assert first.test.accuracy == first.summary["test_accuracy"]
+    assert len(first.metrics) == first.summary["steps"] == 6
+    assert trees.sha256(again.variables["params"]) == first.summary["params_sha256"]
+
+
+def test_an_ended_run_is_finished_and_of_the_classes_of_the_images(
+    tiny: Config, dataset: ImageDataset, workdir: Path
+):
+    runs.train(tiny, dataset, workdir)
+    others = replace(dataset, class_names=("cyan", "magenta", "yellow"))
+    with pytest.raises(UserError, match="the classes of the images are not those"):
+        runs.load_ended(workdir, tiny, others)
+    (workdir / "summary.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        runs.load_ended(workdir, tiny, dataset)
