@@ -170,17 +170,17 @@ Spread = dict[str, tuple[np.ndarray, np.ndarray]]
 """By method, mean and standard deviation (n - 1) over seeds at each of SHOTS, in percent."""
 
 
-def spread(rows: list[dict[str, Any]]) -> Spread:
-    """Returns what the seeds of each method have in common."""
+def spread(rows: list[dict[str, Any]], seeds: int) -> Spread:
+    """Returns what the seeds of each method have in common; NaN where some are missing."""
     found: Spread = {}
     for method in METHODS:
-        accuracies = np.array(
-            [
-                [100 * r["test_accuracy"] for r in rows if (r["method"], r["shots"]) == (method, s)]
-                for s in SHOTS
-            ]
-        )
-        found[method] = accuracies.mean(axis=1), accuracies.std(axis=1, ddof=1)
+        accuracies = [
+            [100 * r["test_accuracy"] for r in rows if (r["method"], r["shots"]) == (method, shots)]
+            for shots in SHOTS
+        ]
+        whole = [v if len(v) == seeds else [np.nan, np.nan] for v in accuracies]
+        means = np.array([np.mean(values) for values in whole])
+        found[method] = means, np.array([np.std(values, ddof=1) for values in whole])
     return found
 
 
@@ -189,14 +189,17 @@ def table(found: Spread) -> str:
     lines = ["| method | " + " | ".join(f"{s} a class" for s in SHOTS) + " |"]
     lines.append("|---|" + "---|" * len(SHOTS))
     for method, (means, stds) in found.items():
-        cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means, stds, strict=True)]
+        cells = [
+            "missing" if np.isnan(mean) else f"{mean:.1f} ± {std:.1f}"
+            for mean, std in zip(means, stds, strict=True)
+        ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def write(results: Path, about: dict[str, Any]) -> None:
     """Writes transfer.json, transfer.md and transfer.png."""
-    found = spread(about["rows"])
+    found = spread(about["rows"], about["seeds"])
     results.mkdir(exist_ok=True)
     runs.write_json(results / "transfer.json", about)
     (results / "transfer.md").write_text(
