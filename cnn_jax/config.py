@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cnn_jax import files
 from cnn_jax.errors import UserError
 
 NOT_OF_A_RUN = ("data.dir", "data.cache_dir", "features.")
@@ -517,9 +518,7 @@ def _from_dict(tree: Any, cls: Any, prefix: str) -> Any:
 
 def save(config: Config, path: Path) -> None:
     """Writes `config` as indented JSON, as a whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    temporary.replace(path)
+    files.write(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load(path: Path) -> Config:

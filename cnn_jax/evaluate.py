@@ -1,5 +1,6 @@
 """Logits of a whole split, and what is counted from them on the host, once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,6 +94,19 @@ def _in_batches(
     return np.asarray(out).reshape(n_batches * batch_size, *out.shape[2:])[:n]
 
 
+@partial(jax.jit, static_argnames=("model", "mean", "std"))
+def every_layer_input(
+    model: nn.Module,
+    variables: Any,
+    images: UInt8[jax.Array, "n height width 3"],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> dict[str, jax.Array]:
+    """Returns what each layer is given, by its name, for images few enough to be one batch."""
+    return models.layer_inputs(model, variables, augment.normalize(images, mean, std))
+
+
 def softmax(values: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n classes"]:
     """Returns probabilities for logits, in float64."""
     shifted = np.exp(values.astype(np.float64) - values.max(axis=1, keepdims=True))
@@ -106,6 +120,31 @@ def most_wrong(
     of_label = probabilities[np.arange(len(labels)), labels]
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
     return wrong[np.argsort(of_label[wrong], kind="stable")][:limit]
+
+
+def tell_mistakes(
+    wrong: Int[np.ndarray, "wrong"],
+    probabilities: Float[np.ndarray, "n classes"],
+    labels: Int[np.ndarray, "n"],
+    files: Sequence[str],
+    class_names: Sequence[str],
+) -> list[str]:
+    """Returns a line for each of the misclassified examples: file, class, and what it seemed."""
+    lines = []
+    for i in wrong.tolist():
+        predicted = int(probabilities[i].argmax())
+        taken = f"{class_names[predicted]} ({probabilities[i, predicted]:.1%})"
+        lines.append(f"{files[i]}: {class_names[int(labels[i])]}, taken for {taken}")
+    return lines
+
+
+def most_taken_for(
+    confusion: Int[np.ndarray, "classes classes"], class_names: Sequence[str]
+) -> list[str]:
+    """Returns, for each class, the other one it is most often taken for and how often, or "-"."""
+    mistakes = confusion - np.diag(np.diag(confusion))
+    pairs = zip(mistakes.argmax(axis=1).tolist(), mistakes.max(axis=1).tolist(), strict=True)
+    return [f"{class_names[most]} ({count})" if count else "-" for most, count in pairs]
 
 
 @dataclass(frozen=True)

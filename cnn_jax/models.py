@@ -114,7 +114,7 @@ def _dense(width: int, initializer: str, dtype: Any, name: str) -> nn.Dense:
 
 
 def _convolve_and_pool(
-    x: Array, widths: tuple[int, ...], activation: str, pooling: str, initializer: str, dtype: Any
+    x: Array, widths: tuple[int, ...], activation: str, dtype: Any, pooling: str, initializer: str
 ) -> Array:
     """Runs `conv1`, `conv2`, ... and `pool` in the module that calls it, and halves the side."""
     for i, width in enumerate(widths, start=1):
@@ -162,7 +162,7 @@ class SimpleCNN(Classifier):
     ) -> Float[Array, "batch classes"]:
         """Returns logits; `train` turns dropout on and needs a "dropout" key."""
         x = images.astype(self.dtype)
-        settings = self.activation, self.pooling, self.initializer, self.dtype
+        settings = self.activation, self.dtype, self.pooling, self.initializer
         return self.classify(_convolve_and_pool(x, self.widths, *settings), train)
 
 
@@ -183,7 +183,7 @@ class VGGBlock(Block):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
         """Returns feature maps of half the height and width, rounded down; up by a stride."""
-        settings = self.activation, self.pooling, self.initializer, self.dtype
+        settings = self.activation, self.dtype, self.pooling, self.initializer
         return _convolve_and_pool(x, self.widths, *settings)
 
 

@@ -132,13 +132,9 @@ def _print_evaluation(
     wrong = evaluation.most_wrong(probabilities, dataset.test.labels, _MOST_WRONG)
     if dataset.test.files and len(wrong):
         console.print("most wrong:")
-        for i in wrong:
-            label, predicted = dataset.test.labels[i], int(probabilities[i].argmax())
-            line = (
-                f"  {dataset.test.files[i]}: {dataset.class_names[label]}, taken for "
-                f"{dataset.class_names[predicted]} ({probabilities[i, predicted]:.1%})"
-            )
-            console.print(printable(line))
+        of_test = dataset.test.labels, dataset.test.files, dataset.class_names
+        for line in evaluation.tell_mistakes(wrong, probabilities, *of_test):
+            console.print(printable(f"  {line}"))
 
 
 def _confusion_table(class_names: tuple[str, ...], confusion: np.ndarray) -> Table:
@@ -146,13 +142,10 @@ def _confusion_table(class_names: tuple[str, ...], confusion: np.ndarray) -> Tab
     few = len(class_names) <= _MATRIX_CLASSES
     others = class_names if few else ("most taken for",)
     table = Table("class", "images", "accuracy", *(printable(name) for name in others))
+    taken = evaluation.most_taken_for(confusion, class_names)
     for label, row in enumerate(confusion):
         accuracy = f"{row[label] / row.sum():.2%}" if row.sum() else "-"
-        cells = [str(count) for count in row]
-        if not few:
-            mistakes = np.where(np.arange(len(row)) == label, 0, row)
-            most = int(mistakes.argmax())
-            cells = [f"{class_names[most]} ({mistakes[most]})" if mistakes[most] else "-"]
+        cells = [str(count) for count in row] if few else [taken[label]]
         table.add_row(*map(printable, (class_names[label], str(row.sum()), accuracy, *cells)))
     return table
 

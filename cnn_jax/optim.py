@@ -113,25 +113,15 @@ def make_average_decay(
     return (lambda _: jnp.float32(config.ema_decay)) if config.ema_decay else None
 
 
-def decay_of(config: OptimConfig, name: str) -> float:
-    """Returns a parameter's weight decay: of kernels alone, unless `decays` are given."""
-    if not config.decays:
-        return config.weight_decay if name.endswith("kernel") else 0.0
-    group = group_of(config.decays, name)
-    return group[1] if group else 0.0
+def _decays(config: OptimConfig) -> list[optax.GradientTransformation]:
+    """Returns one for each pattern that decays; without `decays`, kernels alone do."""
+    groups = config.decays or ((".*kernel", config.weight_decay),)
 
+    def decay(group: tuple[str, float]) -> optax.GradientTransformation:
+        mask = partial(trees.map_named, lambda name, _: group_of(groups, name) == group)
+        return optax.add_decayed_weights(group[1], mask=mask)
 
-def _add_decay(config: OptimConfig) -> optax.GradientTransformation:
-    def add(updates: Any, params: Any) -> Any:
-        leaves = trees.named_leaves(params)
-
-        def add_one(name: str, update: Any) -> Any:
-            decay = decay_of(config, name)
-            return update + decay * leaves[name] if decay else update
-
-        return trees.map_named(add_one, updates)
-
-    return optax.stateless(add)
+    return [decay(group) for group in groups if group[1]]
 
 
 def make_optimizer(
@@ -149,8 +139,8 @@ def make_optimizer(
     steps = []
     if config.clip_norm:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
-    if (config.weight_decay or config.decays) and config.name != "adamw":
-        steps.append(_add_decay(config))
+    if config.name != "adamw":
+        steps += _decays(config)
     if len(config.phases) < 2:
         steps.append(_update_rule(config, schedule))
     else:
@@ -177,7 +167,7 @@ def _update_rule(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradien
         return optax.adam(schedule)
     if config.name == "adamw":
         rate = optax.scale_by_learning_rate(schedule)
-        return optax.chain(optax.scale_by_adam(), _add_decay(config), rate)
+        return optax.chain(optax.scale_by_adam(), *_decays(config), rate)
     if config.name == "rmsprop":
         return optax.rmsprop(schedule)
     if config.name == "sgd":

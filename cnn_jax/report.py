@@ -9,7 +9,6 @@ import html
 import itertools
 import json
 import math
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
-from cnn_jax import augment, config, configs, evaluate, models, rate_finder, saliency, trees
+from cnn_jax import config, configs, evaluate, files, models, rate_finder, saliency, trees
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, one_line, printable
 
@@ -90,13 +88,8 @@ class Run:
     @cached_property
     def layer_inputs(self) -> dict[str, np.ndarray]:
         """What layers are given for the explained images, by name, in the order they run."""
-
-        @jax.jit
-        def forward(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-            normal = augment.normalize(images, **self.scaling)
-            return models.layer_inputs(self.model, variables, normal)
-
-        given = forward(self.variables, self.dataset.test.images[self.explained])
+        images = self.dataset.test.images[self.explained]
+        given = evaluate.every_layer_input(self.model, self.variables, images, **self.scaling)
         rows = models.summarize(self.model, self.dataset.image_shape)
         return {row.name: np.asarray(given[row.name], np.float32) for row in rows}
 
@@ -139,14 +132,9 @@ def write_rates(workdir: Path, found: rate_finder.Found) -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write(path, content)
     except OSError as error:
         raise UserError(f"{path} can't be written: {one_line(error)}") from None
 
@@ -363,12 +351,10 @@ def _result(run: Run) -> str:
 def _classes(run: Run) -> str:
     """Returns a table of the classes: images, accuracy, and what they are most taken for."""
     names, rows = run.dataset.class_names, []
+    taken = evaluate.most_taken_for(run.test.confusion, names)
     for label, counts in enumerate(run.test.confusion):
-        others = np.where(np.arange(len(counts)) == label, 0, counts)
-        most = int(others.argmax())
-        taken = f"{names[most]} ({others[most]})" if others[most] else "-"
         accuracy = f"{counts[label] / counts.sum():.1%}" if counts.sum() else "-"
-        cells = (names[label], counts.sum(), accuracy, taken)
+        cells = (names[label], counts.sum(), accuracy, taken[label])
         rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
     head = "<tr><th>class</th><th>test images</th><th>accuracy</th><th>most taken for</th></tr>"
     table = "\n".join([head, *rows])
@@ -380,13 +366,8 @@ def _wrong_files(run: Run) -> str:
     test, names = run.dataset.test, run.dataset.class_names
     if not test.files:
         return ""
-    items = []
-    for i in run.wrong:
-        row = run.probabilities[i]
-        taken = int(row.argmax())
-        line = f"{test.files[i]}: {names[test.labels[i]]}, taken for {names[taken]} "
-        items.append(f"<li>{_text(line)}({row[taken]:.1%})</li>")
-    return f"<ol>{''.join(items)}</ol>"
+    lines = evaluate.tell_mistakes(run.wrong, run.probabilities, test.labels, test.files, names)
+    return f"<ol>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ol>"
 
 
 def _again(run: Run) -> str:

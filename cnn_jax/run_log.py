@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import (
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
+from cnn_jax import files
 from cnn_jax.errors import UserError, one_line
 
 # Without a terminal, a line at every epoch's end and otherwise at most this often.
@@ -180,6 +181,4 @@ def _truncate(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}, line {number} is damaged; mend or remove the file") from None
         kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    files.write(path, "".join(kept))

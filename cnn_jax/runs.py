@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -16,7 +16,18 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cnn_jax import checkpoint, config, devices, evaluate, loop, losses, models, report, trees
+from cnn_jax import (
+    checkpoint,
+    config,
+    devices,
+    evaluate,
+    files,
+    loop,
+    losses,
+    models,
+    report,
+    trees,
+)
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, one_line
@@ -94,6 +105,10 @@ def run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) 
 
     Returns what summary.json holds; where there is one, the run has ended.
     """
+    return dict(_run(trainer, workdir, log_in).summary)
+
+
+def _run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) -> Run:
     wanted, dataset = trainer.config, trainer.dataset
     log = log_in(workdir)
     state, progress = loop.fit(trainer, workdir, log)
@@ -128,15 +143,15 @@ def run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]) 
         "versions": versions(),
         "device": device(),
     }
-    model, variables = trainer.recipe.model, state.eval_variables
+    metrics = devices.on_main(lambda: read_metrics(workdir)) or []
+    ended = Run(summary, metrics, dataset, trainer.recipe.model, state.eval_variables, result)
 
     def write() -> None:
-        metrics = read_metrics(workdir)
-        _write_report(workdir, Run(summary, metrics, dataset, model, variables, result), log)
+        _write_report(workdir, ended, log)
         write_json(workdir / "summary.json", summary)
 
     devices.on_main(write)
-    return summary
+    return ended
 
 
 def _write_report(workdir: Path, ended: Run, log: RunLog) -> None:
@@ -230,9 +245,7 @@ def device() -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON as a whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    files.write(path, json.dumps(value, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -316,5 +329,6 @@ def train(wanted: Config, dataset: ImageDataset, workdir: Path) -> Run:
     """
     with claim(workdir, wanted):
         if finished(workdir) is None:
-            run(loop.Trainer(wanted, dataset), workdir, RunLog)
+            ended = _run(loop.Trainer(wanted, dataset), workdir, RunLog)
+            return replace(ended, summary=finished(workdir))  # as it is read back ever after
         return load_ended(workdir, wanted, dataset)

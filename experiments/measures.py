@@ -46,18 +46,15 @@ def units(trained: TrainedModel, dataset: ImageDataset) -> dict[str, float]:
     """Returns `dead_and_flat` for every layer but the head, on training images."""
     seen = trained.config.data
     rows = models.summarize(trained.model, trained.image_shape)
+    images = dataset.train.images[:_N_ACTIVATIONS]
+    given = evaluate.every_layer_input(
+        trained.model, trained.variables, images, mean=seen.mean, std=seen.std
+    )
     shares = {}
     for row, following in pairwise(rows):
         if not row.params:
             continue
-        outputs = evaluate.layer_inputs(
-            trained.model,
-            trained.variables,
-            dataset.train.images[:_N_ACTIVATIONS],
-            following.name,
-            mean=seen.mean,
-            std=seen.std,
-        )
+        outputs = np.asarray(given[following.name])
         found = dead_and_flat(outputs, trained.config.model.activation)
         shares |= {f"{row.name} dead": found[0], f"{row.name} flat": found[1]}
     return shares

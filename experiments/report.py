@@ -1,6 +1,5 @@
 """From rows to results/NAME: results.csv, curves.csv, results.md, about.json and a figure."""
 
-import os
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cnn_jax import config, figures, runs
+from cnn_jax import config, figures, files, runs
 from experiments import plots, rows
 from experiments.rows import Row, Run, Store
 from experiments.spec import TUNING_FRACTION, AgainstField, AgainstMeasured, Bars, Curves
@@ -52,15 +51,9 @@ def write(name: str, store: Store, seeds: int, folder: Path) -> None:
     text = [f"# {experiment.question}", *_notes(store), _table(store, final, seeds)]
     text += [_tuning_table(store)] if experiment.rates else []
     text += [f"![{experiment.question}]({name}.png)", _surroundings(about)]
-    _write_text(folder / "results.md", "\n\n".join(filter(None, text)) + "\n")
+    files.write(folder / "results.md", "\n\n".join(filter(None, text)) + "\n")
     if any(row["variant"] in final for row in done):
-        (folder / f"{name}.png").write_bytes(figures.png(draw(store, final, curves)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        files.write(folder / f"{name}.png", figures.png(draw(store, final, curves)))
 
 
 def _notes(store: Store) -> list[str]:

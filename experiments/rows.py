@@ -8,6 +8,7 @@ import csv
 import fnmatch
 import functools
 import hashlib
+import io
 import json
 import platform
 from collections.abc import Iterable
@@ -15,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import config, data, models, runs
+from cnn_jax import config, data, files, models, runs
 from cnn_jax.config import Config, nearest
 from cnn_jax.errors import UserError
+from cnn_jax.run_log import read_metrics
 from experiments.spec import TUNING_FRACTION, Experiment
 
 Row = dict[str, Any]
@@ -251,11 +253,10 @@ def _summarize(experiment: Experiment, run: Run, workdir: Path) -> Row:
 
 def _curve(run: Run, workdir: Path) -> list[Row]:
     """Returns a line an epoch, with None for what was not evaluated."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     identity = {"variant": run.variant, "seed": run.config.seed}
     return [
         {**identity, **{name: line.get(name) for name in CURVE}}
-        for line in lines
+        for line in read_metrics(workdir)
         if "epoch" in line
     ]
 
@@ -298,9 +299,8 @@ def _value(name: str, text: str) -> Any:
 
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
     """Writes those columns as a whole or not at all; None is an empty cell, floats keep bits."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns), extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write(path, text.getvalue())

@@ -22,7 +22,6 @@ from rich.console import Console
 
 from cnn_jax import config, configs, data, features, figures, loop, modes, runs, transfer
 from cnn_jax.config import AugmentConfig, Config, InitConfig, ModelConfig, TrainConfig
-from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog
 
 OLD = ("airplane", "automobile", "bird", "cat", "deer")
@@ -107,7 +106,7 @@ def validate(wanted: Config, workdir: Path) -> float:
     trainer = loop.Trainer(wanted, replace(dataset, validation=None))  # not after every epoch
     try:
         state, _ = loop.fit(trainer, workdir, quiet_log(workdir))
-    except UserError as error:
+    except loop.NotFinite as error:
         print(error)
         return 0.0
     return trainer.evaluate(state, dataset.validation).accuracy
