@@ -263,14 +263,18 @@ def _curve(run: Run, workdir: Path) -> list[Row]:
 
 def _surroundings(run: Run, device: dict[str, Any], versions: dict[str, str]) -> Row:
     """Returns in words what a run learnt from, what it ran on, and the versions of what ran it."""
-    dataset = load_data(run.config.data)
-    images = hashlib.sha256(dataset.test.images.tobytes()).hexdigest()
     where = f"{device['count']} x {device['kind']}, {device['cpu_count']} cores"
     return {
-        "data": _DATA_NAMES.get(images, dataset.source),
+        "data": data_name(load_data(run.config.data)),
         "device": f"{where} of {platform.machine()}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+
+
+def data_name(dataset: data.ImageDataset) -> str:
+    """Returns what images are called beside a result."""
+    images = hashlib.sha256(dataset.test.images.tobytes()).hexdigest()
+    return _DATA_NAMES.get(images, dataset.source)
 
 
 def read_csv(path: Path) -> list[Row]:

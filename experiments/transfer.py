@@ -1,6 +1,6 @@
 """Does a pretrained trunk help where images are few? Five classes of CIFAR-10 teach the other five.
 
-python experiments/transfer.py
+python -m experiments.transfer
 
 A network learns airplane, automobile, bird, cat and deer from all their images; dog, frog, horse,
 ship and truck are then learnt from 20, 100 and 500 images a class: from scratch, by classical
@@ -23,6 +23,7 @@ from rich.console import Console
 from cnn_jax import config, configs, data, features, figures, loop, modes, runs, transfer
 from cnn_jax.config import AugmentConfig, Config, InitConfig, ModelConfig, TrainConfig
 from cnn_jax.run_log import RunLog
+from experiments import rows
 
 OLD = ("airplane", "automobile", "bird", "cat", "deer")
 NEW = ("dog", "frog", "horse", "ship", "truck")
@@ -169,17 +170,15 @@ Spread = dict[str, tuple[np.ndarray, np.ndarray]]
 """By method, mean and standard deviation (n - 1) over seeds at each of SHOTS, in percent."""
 
 
-def spread(rows: list[dict[str, Any]], seeds: int) -> Spread:
-    """Returns what the seeds of each method have in common; NaN where some are missing."""
+def spread(measured: list[dict[str, Any]]) -> Spread:
+    """Returns what the seeds of each method have in common."""
     found: Spread = {}
     for method in METHODS:
-        accuracies = [
-            [100 * r["test_accuracy"] for r in rows if (r["method"], r["shots"]) == (method, shots)]
-            for shots in SHOTS
-        ]
-        whole = [v if len(v) == seeds else [np.nan, np.nan] for v in accuracies]
-        means = np.array([np.mean(values) for values in whole])
-        found[method] = means, np.array([np.std(values, ddof=1) for values in whole])
+        of_method = [row for row in measured if row["method"] == method]
+        accuracies = np.array(
+            [[100 * r["test_accuracy"] for r in of_method if r["shots"] == s] for s in SHOTS]
+        )
+        found[method] = accuracies.mean(axis=1), accuracies.std(axis=1, ddof=1)
     return found
 
 
@@ -188,17 +187,14 @@ def table(found: Spread) -> str:
     lines = ["| method | " + " | ".join(f"{s} a class" for s in SHOTS) + " |"]
     lines.append("|---|" + "---|" * len(SHOTS))
     for method, (means, stds) in found.items():
-        cells = [
-            "missing" if np.isnan(mean) else f"{mean:.1f} ± {std:.1f}"
-            for mean, std in zip(means, stds, strict=True)
-        ]
+        cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means, stds, strict=True)]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def write(results: Path, about: dict[str, Any]) -> None:
     """Writes transfer.json, transfer.md and transfer.png."""
-    found = spread(about["rows"], about["seeds"])
+    found = spread(about["rows"])
     results.mkdir(exist_ok=True)
     runs.write_json(results / "transfer.json", about)
     (results / "transfer.md").write_text(
@@ -206,7 +202,7 @@ def write(results: Path, about: dict[str, Any]) -> None:
         f"{about['seeds']} seeds. The network that is transferred learned {', '.join(OLD)} and "
         f"reaches {about['pretrained_test_accuracy']:.2%} on them.\n\n{table(found)}\n\n"
         f"{about['data']}, on {about['device']['cpu_count']} cores ({about['device']['kind']}), "
-        f"jax {about['versions']['jax']}; `python experiments/transfer.py`.\n"
+        f"jax {about['versions']['jax']}; `python -m experiments.transfer`.\n"
     )
     figure = figures.lines(
         np.array(SHOTS), found, "training images a class", "test accuracy (%)", "log"
@@ -232,18 +228,18 @@ def main() -> None:
         for method in TRAINED
     }
     rates = {method: rate for method, (rate, _) in tuned.items()}
-    rows = list(measure(arguments.runs, source, arguments.seeds, epochs, rates))
+    measured = list(measure(arguments.runs, source, arguments.seeds, epochs, rates))
     about = {
         "pretrained_test_accuracy": accuracy,
         "pretraining": config.to_dict(wanted),
         "learning_rates": rates,
-        "validation_accuracies": {method: found for method, (_, found) in tuned.items()},
+        "validation_accuracies": {method: tried for method, (_, tried) in tuned.items()},
         "epochs": epochs,
         "seeds": arguments.seeds,
-        "data": data.load(wanted.data).source,
+        "data": rows.data_name(data.load(replace(wanted.data, classes=()))),
         "device": runs.device(),
         "versions": runs.versions(),
-        "rows": rows,
+        "rows": measured,
     }
     results = arguments.runs if arguments.quick else Path(__file__).parent / "results"
     write(results, about)
