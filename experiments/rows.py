@@ -148,23 +148,30 @@ def final_runs(
 
 
 class Store:
-    """The rows and curves of an experiment, from workdirs and from committed results."""
+    """The rows and curves of an experiment, from workdirs and from committed results.
 
-    def __init__(self, experiment: Experiment, workdirs: Path, results: Path) -> None:
+    A run of the same config in the results of `others` counts as well, unless this experiment
+    looks at its runs in ways that the other did not.
+    """
+
+    def __init__(
+        self, experiment: Experiment, workdirs: Path, results: Path, others: Iterable[Path] = ()
+    ) -> None:
         self.experiment = experiment
         self._workdirs = workdirs
-        blank = dict.fromkeys((*COLUMNS, *experiment.measured, *SURROUNDINGS))
-        rows = [blank | row for row in read_csv(results / "results.csv")]
-        curves = read_csv(results / "curves.csv")
-        self._committed = {(r["variant"], r["seed"], r["config_sha256"]): r for r in rows}
-        self._curves: dict[tuple[str, int], list[Row]] = {}
-        for line in curves:
-            self._curves.setdefault((line["variant"], line["seed"]), []).append(line)
-
-    @property
-    def seeds(self) -> int:
+        self._committed: dict[tuple[int, str], tuple[Row, list[Row]]] = {}
+        own = _read_results(results)
+        self.seeds = 1 + max((row["seed"] or 0 for row, _ in own), default=-1)
         """One more than the largest seed in the committed results."""
-        return 1 + max((int(row["seed"] or 0) for row in self._committed.values()), default=-1)
+        for row, curve in (*own, *(pair for path in others for pair in _read_results(path))):
+            if self._tells_enough(row, curve):
+                self._committed.setdefault((row["seed"], row["config_sha256"]), (row, curve))
+
+    def _tells_enough(self, row: Row, curve: list[Row]) -> bool:
+        watched = all(line["test_accuracy"] is not None for line in curve)
+        return set(self.experiment.measured) <= set(row) and (
+            watched or not self.experiment.watch_test
+        )
 
     def workdir(self, run: Run) -> Path:
         """Returns the folder that a run is trained in."""
@@ -174,8 +181,11 @@ class Store:
         """Returns a run's row and its lines of the curve, or None if it is not done."""
         if found := self._in_workdir(run):
             return found
-        row = self._committed.get((run.variant, run.config.seed, run.sha256))
-        return (row, self._curves.get((run.variant, run.config.seed), [])) if row else None
+        if (run.config.seed, run.sha256) not in self._committed:
+            return None
+        row, curve = self._committed[run.config.seed, run.sha256]
+        identity = _identity(run)
+        return row | identity, [line | {"variant": run.variant} for line in curve]
 
     def row(self, run: Run) -> Row | None:
         """Returns a run's row, or None if it is not done."""
@@ -275,6 +285,16 @@ def data_name(dataset: data.ImageDataset) -> str:
     """Returns what images are called beside a result."""
     images = hashlib.sha256(dataset.test.images.tobytes()).hexdigest()
     return _DATA_NAMES.get(images, dataset.source)
+
+
+def _read_results(folder: Path) -> list[tuple[Row, list[Row]]]:
+    """Returns the rows of a folder that a report was written to, each with its curve."""
+    curves: dict[tuple[str, int], list[Row]] = {}
+    for line in read_csv(folder / "curves.csv"):
+        curves.setdefault((line["variant"], line["seed"]), []).append(line)
+    blank = dict.fromkeys((*COLUMNS, *SURROUNDINGS))
+    rows = [blank | row for row in read_csv(folder / "results.csv")]
+    return [(row, curves.get((row["variant"], row["seed"]), [])) for row in rows]
 
 
 def read_csv(path: Path) -> list[Row]:

@@ -2,7 +2,7 @@
 
 python -m experiments.run NAME (list | run | report) [--only=PATTERN] [--seeds=N] [--runs=DIR]
 
-`run` trains or resumes what is neither in experiments/results/NAME nor finished in DIR/NAME;
+`run` trains or resumes what is neither in experiments/results nor finished in DIR/NAME;
 `report` writes what is known to experiments/results/NAME. NAME is one of chapter, activation,
 augmentation, batch_size, depth, dropout, early_stopping, initialisation, loss, optimizer, pooling,
 rotation and translation.
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
 
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     variants = rows.chosen_variants(experiment, _ONLY.value)
-    store = rows.Store(experiment, Path(_RUNS.value) / name, RESULTS / name)
+    others = [RESULTS / other for other in EXPERIMENTS if other != name]
+    store = rows.Store(experiment, Path(_RUNS.value) / name, RESULTS / name, others)
     seeds = _SEEDS.value or experiment.seeds
     modes.set_up_jax(experiment.variants[variants[0]])
     console = Console(highlight=False, soft_wrap=True)

@@ -184,6 +184,35 @@ def test_committed_results_are_not_trained_again(trained: Path, tmp_path: Path):
         assert again.read_bytes() == before.read_bytes(), name
 
 
+@pytest.mark.usefixtures("untrained")
+def test_a_run_that_another_experiment_committed_counts(trained: Path, tmp_path: Path):
+    """By its config, whatever it is called there, and only with all that is asked of it."""
+    other = replace(EXPERIMENT, variants={"short": SHORTER})
+
+    def found(others: list[Path], **changes: Any) -> Store:
+        return Store(replace(other, **changes), tmp_path, tmp_path / "results", others)
+
+    store = found([trained / "results"])
+    assert states(store, "short") == ["done", "done"]
+    assert states(found([]), "short") == ["missing", "missing"]
+    before = [r for r in rows.read_csv(trained / "results/results.csv") if r["epochs"] == 1]
+    for wanted, as_one in zip(store.runs("short", 2)[1], before, strict=True):
+        row, curve = store.find(wanted) or pytest.fail("lost")
+        assert row == as_one | {"variant": "short"}
+        assert [(line["variant"], line["epoch"]) for line in curve] == [("short", 1)]
+        assert curve[0]["test_accuracy"] == row["test_accuracy"]
+    assert store.seeds == 0
+    assert states(found([trained / "results"], measured=("tenth", "new")), "short")[0] == "missing"
+    unwatched = tmp_path / "unwatched"
+    unwatched.mkdir()
+    (unwatched / "results.csv").write_bytes((trained / "results/results.csv").read_bytes())
+    lines = rows.read_csv(trained / "results/curves.csv")
+    blind = [line | {"test_accuracy": None} for line in lines]
+    rows.write_csv(unwatched / "curves.csv", lines[0], blind)
+    assert states(found([unwatched]), "short") == ["missing", "missing"]
+    assert states(found([unwatched], watch_test=False), "short") == ["done", "done"]
+
+
 def test_results_of_another_config_do_not_count(trained: Path, tmp_path: Path):
     changed = edit(BASE, optim={"learning_rate": 0.2})
     other = replace(EXPERIMENT, variants={"one": SHORTER, "two": changed})
@@ -585,8 +614,8 @@ def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
 
 def test_points_of_a_line_are_found_by_name_and_field(tmp_path: Path):
     variants = {
-        f"{line}-{size}": edit(BASE, train={"batch_size": size})
-        for line in "ab"
+        f"{line}-{size}": edit(BASE, train={"batch_size": size}, optim={"learning_rate": rate})
+        for line, rate in (("a", 0.1), ("b", 0.2))
         for size in (16, 32)
     }
     figure = AgainstField("train.batch_size", "batch", logarithmic=True)
