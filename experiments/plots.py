@@ -81,6 +81,27 @@ def bars(names: Sequence[str], groups: Mapping[str, Float[np.ndarray, "names see
     return figure
 
 
+def points(
+    series: Mapping[str, tuple[Float[np.ndarray, "seeds"], Float[np.ndarray, "seeds"]]],
+    *,
+    x_label: str,
+    y_label: str,
+) -> Figure:
+    """Returns a named point a series, the means of x and y over seeds, with the deviations of y."""
+    figure = _figure()
+    (axes,) = _axes(figure)
+    for i, (label, (x, y)) in enumerate(series.items()):
+        (means, deviations) = mean_and_std(np.stack([x, y]))
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        axes.errorbar(
+            means[:1], means[1:], deviations[1:], color=color, marker=marker, capsize=3, ls="none"
+        )
+        axes.annotate(label, means, (6, 4), textcoords="offset points")
+    axes.margins(x=0.15, y=0.1)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    return figure
+
+
 def lines(
     series: Mapping[str, tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points seeds"]]],
     *,

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from cnn_jax import config, figures, files, runs
 from experiments import plots, rows
 from experiments.rows import Row, Run, Store
-from experiments.spec import TUNING_FRACTION, AgainstField, AgainstMeasured, Bars, Curves
+from experiments.spec import TUNING_FRACTION, AgainstField, AgainstMeasured, Bars, Curves, Points
 
 # Factor and digits after the point.
 _PERCENT = (100, 1)
@@ -22,12 +22,15 @@ _FORMATS = {
     "steps": (1, 0),
     "param_count": (1, 0),
     "flops_per_image": (1e-6, 1),
+    "train_flops": (1e-15, 2),
     "images_per_second": (1, 0),
     "seconds": (1, 0),
 }
 _HEADINGS = {
     "param_count": "parameters",
     "flops_per_image": "MFLOPs an image",
+    "train_flops": "PFLOPs of training",
+    "test_accuracy_plain": "without test-time averages, %",
     "images_per_second": "images/s",
     "seconds": "seconds of training",
 }
@@ -117,7 +120,7 @@ def _table(store: Store, final: dict[str, list[Run]], seeds: int) -> str:
             if "." in column:
                 cells.append(f"{config.flatten(wanted[0].config)[column]}" if wanted else "missing")
             else:
-                cells.append(cell(column, [row[column] for row in found]))
+                cells.append(cell(column, [rows.value(row, column) for row in found]))
         if experiment.reference:
             known = variant in experiment.reference
             cells.append(f"{100 * experiment.reference[variant]:.1f}" if known else "")
@@ -163,6 +166,12 @@ def draw(store: Store, final: dict[str, list[Run]], curves: list[Row]) -> Figure
             for variant, wanted in final.items()
         }
         return plots.lines(series, x_label=kind.label, y_label="test accuracy")
+    if isinstance(kind, Points):
+        points = {
+            variant: (_values(store, wanted, kind.column), _values(store, wanted, "test_accuracy"))
+            for variant, wanted in final.items()
+        }
+        return plots.points(points, x_label=kind.label, y_label="test accuracy")
     return plots.lines(
         _against_field(store, final, kind),
         x_label=kind.label,
@@ -189,7 +198,7 @@ def _against_field(
 def _values(store: Store, wanted: list[Run], column: str) -> np.ndarray:
     """Returns a column by seed, NaN where a run is missing or has diverged."""
     found = [store.row(run) for run in wanted] or [None]
-    values = [row[column] if row else None for row in found]
+    values = [rows.value(row, column) if row else None for row in found]
     return np.array([np.nan if value is None else value for value in values])
 
 

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ COLUMNS = (
     "seed",
     "config_sha256",
     "test_accuracy",
+    "test_accuracy_plain",
     "test_loss",
     "train_accuracy",
     "train_loss",
@@ -57,6 +58,14 @@ _DATA_NAMES = {
     "57364becc1e313e9d0642408700f2d3dce05dbdf2d312658433226d9da72f76c": "CIFAR-10 (JPEG copy)"
 }
 _TEXTS = {"variant", "config_sha256", "params_sha256", *SURROUNDINGS}
+
+DERIVED: Mapping[str, Callable[[Row], float]] = {
+    "train_flops": lambda row: (
+        3 * row["flops_per_image"] * row["images_per_second"] * row["seconds"]
+    )
+}
+"""Columns that follow from the others. Training an image is counted as three times classifying it,
+since the gradients by inputs and by kernels are products of the same size as the forward one."""
 
 load_data = functools.lru_cache(maxsize=1)(data.load)
 """Experiments go through their variants one by one, and most share the images."""
@@ -145,6 +154,13 @@ def final_runs(
         _, rate = max(finite, key=lambda pair: pair[0])  # of equals the first, so the smallest
         base = replace(base, optim=replace(base.optim, learning_rate=rate))
     return [Run(variant, replace(base, seed=seed)) for seed in range(seeds)]
+
+
+def value(row: Row, column: str) -> float | None:
+    """Returns what a row has in a column of a report; None if its run diverged."""
+    if column in DERIVED and row["test_accuracy"] is not None:
+        return DERIVED[column](row)
+    return row.get(column)
 
 
 class Store:

@@ -3,9 +3,9 @@
 python -m experiments.run NAME (list | run | report) [--only=PATTERN] [--seeds=N] [--runs=DIR]
 
 `run` trains or resumes what is neither in experiments/results nor finished in DIR/NAME;
-`report` writes what is known to experiments/results/NAME. NAME is one of chapter, activation,
-augmentation, batch_size, depth, dropout, early_stopping, initialisation, loss, optimizer, pooling,
-rotation and translation.
+`report` writes what is known to experiments/results/NAME. NAME is one of chapter, airbench,
+recipe, activation, augmentation, batch_size, depth, dropout, early_stopping, initialisation, loss,
+optimizer, pooling, rotation and translation.
 """
 
 import importlib
@@ -19,6 +19,8 @@ from cnn_jax.errors import UserError
 
 EXPERIMENTS = (
     "chapter",
+    "airbench",
+    "recipe",
     "activation",
     "augmentation",
     "batch_size",

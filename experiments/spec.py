@@ -44,6 +44,14 @@ class AgainstMeasured:
 
 
 @dataclass(frozen=True)
+class Points:
+    """A figure of the test accuracy against another column of the table, a point a variant."""
+
+    column: str
+    label: str
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Variants of a config that are trained, each with seeds 0, 1, ..., and compared."""
 
@@ -51,7 +59,7 @@ class Experiment:
     """The title of the report."""
     variants: Mapping[str, Config]
     """By a name that can stand in a file's, in the order of the report."""
-    figure: Curves | Bars | AgainstField | AgainstMeasured
+    figure: Curves | Bars | AgainstField | AgainstMeasured | Points
     seeds: int = 3
     order: tuple[str, ...] = ()
     """The order of running, where it is another than that of the report."""
@@ -60,7 +68,8 @@ class Experiment:
     `TUNING_FRACTION` of the images held out; that of the best accuracy on them is the variant's.
     """
     columns: tuple[str, ...] = ("test_accuracy", "train_accuracy")
-    """Of the table: columns of results.csv, or dotted names of fields of the config."""
+    """Of the table: columns of results.csv, `rows.DERIVED`, or dotted names of fields of the
+    config."""
     measured: tuple[str, ...] = ()
     """Names of the shares, in [0, 1], that `measure` takes from a trained network."""
     measure: Callable[..., dict[str, float]] | None = None

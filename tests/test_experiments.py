@@ -34,6 +34,7 @@ from experiments.spec import (
     Bars,
     Curves,
     Experiment,
+    Points,
 )
 
 # 20 digits of each class in batches of 32: seven steps an epoch.
@@ -382,6 +383,14 @@ def test_cells(column: str, values: list[float | None], text: str):
     assert report.cell(column, values) == text
 
 
+def test_the_arithmetic_of_training_is_three_times_that_of_all_its_images():
+    known = {"flops_per_image": 1e6, "images_per_second": 200.0, "seconds": 50.0}
+    assert rows.value(row("one", 0, 0.5) | known, "train_flops") == 3e10
+    assert rows.value(row("one", 0, None), "train_flops") is None
+    assert rows.value(row("one", 0, 0.5), "test_accuracy") == 0.5
+    assert report.cell("train_flops", [3.5e14]) == "0.35"
+
+
 def test_the_hash_stands_for_what_a_run_depends_on():
     assert rows.config_sha256(BASE) == "cfa549b16133190d"
     same = replace(edit(BASE, data={"dir": "/elsewhere"}), name="other")
@@ -484,12 +493,14 @@ def test_every_experiment_is_whole(name: str):
     assert set(experiment.rates) <= set(experiment.variants)
     assert experiment.seeds >= (1 if name == "chapter" else 3)
     assert isinstance(experiment.figure, Curves) == experiment.watch_test
-    known = {*rows.COLUMNS, *experiment.measured, *configuration.flatten(Config())}
+    known = {*rows.COLUMNS, *rows.DERIVED, *experiment.measured, *configuration.flatten(Config())}
     shown = set(experiment.columns)
     if isinstance(experiment.figure, Bars | AgainstMeasured):
         shown |= set(experiment.figure.columns)
     if isinstance(experiment.figure, AgainstField):
         shown.add(experiment.figure.name)
+    if isinstance(experiment.figure, Points):
+        shown.add(experiment.figure.column)
     assert shown <= known
     planned = [made for v in experiment.variants for made in rows.tuning_runs(experiment, v)]
     planned += [rows.Run(variant, made) for variant, made in experiment.variants.items()]
@@ -608,7 +619,11 @@ def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
     curves = plots.learning_curves({"a": (np.array([0.1, 0.2]), np.array([0.3, 0.4]))})
     for axes, expected in zip(curves.axes, ([0.1, 0.2], [0.3, 0.4]), strict=True):
         np.testing.assert_allclose(np.asarray(axes.lines[0].get_ydata()), expected)
-    for figure in (lines, bars, curves):
+    points = plots.points({"a": (np.array([1.0, 3.0]), values[0])}, x_label="x", y_label="y")
+    (point,) = points.axes[0].lines[:1]
+    np.testing.assert_allclose(np.asarray(point.get_xydata()), [[2, 0.5]])
+    assert [text.get_text() for text in points.axes[0].texts] == ["a"]
+    for figure in (lines, bars, curves, points):
         figure.savefig(tmp_path / "figure.png")
 
 
