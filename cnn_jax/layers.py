@@ -165,7 +165,9 @@ def _suits_winograd(kernel_shape: Sequence[int], strides: Pair) -> bool:
 def _winograd(x: Array, kernel: Array, pads: Pads) -> Array:
     """Returns the 3x3 convolution of stride 1.
 
-    The barrier keeps XLA from computing the tiles anew inside each product.
+    The barrier keeps XLA from computing the tiles anew inside each product. The loop collects the
+    bits of bfloat16 outputs: to put a part of them into an array, XLA would convert all of it to
+    float32 and back, in every turn.
     """
     height, width = (x.shape[axis + 1] + sum(pads[axis]) - 2 for axis in (0, 1))
     kernels = _transform(_KERNEL, list(kernel), x.dtype)
@@ -177,10 +179,11 @@ def _winograd(x: Array, kernel: Array, pads: Pads) -> Array:
         (a, b), (c, d) = _transform(_OUTPUT, products, x.dtype)
         y = jnp.stack([jnp.stack([a, b], axis=3), jnp.stack([c, d], axis=3)], axis=2)
         n, rows, _, columns, _, channels = y.shape
-        return y.reshape(n, 2 * rows, 2 * columns, channels)[:, :height, :width]
+        y = y.reshape(n, 2 * rows, 2 * columns, channels)[:, :height, :width]
+        return lax.bitcast_convert_type(y, jnp.uint16) if y.dtype == jnp.bfloat16 else y
 
     (chunks,) = _chunks((len(x), height, width), x)
-    y = lax.map(convolve, chunks)
+    y = lax.bitcast_convert_type(lax.map(convolve, chunks), x.dtype)
     return y.reshape(-1, *y.shape[2:])
 
 
