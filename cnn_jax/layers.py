@@ -33,7 +33,8 @@ Grid = Any
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 # Output pixels worked on at a time: what is computed from them should fit into a core's cache and
-# still give matrices large enough to multiply at full speed.
+# still give matrices large enough to multiply at full speed. In every turn of a loop there are two
+# such chunks that have nothing to do with each other, so that two cores seldom wait for each other.
 _CHUNK_PIXELS = 1024
 
 # F(2x2, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), eq. 10:
@@ -146,15 +147,12 @@ def _input_gradient(
 def _kernel_gradient(x: Array, dy: Array, shape: Sequence[int], strides: Pair, pads: Pads) -> Array:
     """Multiplies the patches that the kernel saw with dy."""
 
-    def add_chunk(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        x, dy = chunk
+    def multiply(x: Array, dy: Array) -> Array:
         windows = _windows(_pad(x, pads), shape[:2], strides, dy.shape[1:3])
         patches = jnp.concatenate([window for row in windows for window in row], axis=-1)
-        return total + _sum_over_pixels(patches, dy), None
+        return _sum_over_pixels(patches, dy)
 
-    total = jnp.zeros((shape[0] * shape[1] * shape[2], shape[3]), jnp.float32)
-    total, _ = lax.scan(add_chunk, total, _chunks(dy.shape, x, dy))  # pyright: ignore
-    return total.reshape(shape).astype(x.dtype)
+    return _sum_over_chunks(multiply, x, dy).reshape(shape).astype(x.dtype)
 
 
 def _suits_winograd(kernel_shape: Sequence[int], strides: Pair) -> bool:
@@ -182,26 +180,24 @@ def _winograd(x: Array, kernel: Array, pads: Pads) -> Array:
         y = y.reshape(n, 2 * rows, 2 * columns, channels)[:, :height, :width]
         return lax.bitcast_convert_type(y, jnp.uint16) if y.dtype == jnp.bfloat16 else y
 
-    (chunks,) = _chunks((len(x), height, width), x)
-    y = lax.bitcast_convert_type(lax.map(convolve, chunks), x.dtype)
-    return y.reshape(-1, *y.shape[2:])
+    lanes = _chunks((len(x), height, width), x)
+    ys = lax.map(lambda chunk: [convolve(*lane) for lane in chunk], lanes)
+    y = jnp.concatenate([y.reshape(-1, *y.shape[2:]) for y in ys])
+    return lax.bitcast_convert_type(y, x.dtype)
 
 
 def _winograd_kernel_gradient(x: Array, dy: Array, pads: Pads) -> Array:
     """Returns the 3x3 kernel's gradient: the same products, transposed."""
     size = dy.shape[1:3]
 
-    def add_chunk(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        x, dy = chunk
+    def multiply(x: Array, dy: Array) -> Grid:
         padded = _pad(dy, ((0, size[0] % 2), (0, size[1] % 2)))
         quarters = _windows(padded, (2, 2), (2, 2), _halves(size))
         gradients = _transform(_transpose(_OUTPUT), quarters, jnp.float32)
         tiles = _input_tiles(x, pads, size, jnp.float32)
-        products = jax.tree.map(_sum_over_pixels, *lax.optimization_barrier((tiles, gradients)))
-        return jax.tree.map(jnp.add, total, products), None
+        return jax.tree.map(_sum_over_pixels, *lax.optimization_barrier((tiles, gradients)))
 
-    total = [[jnp.zeros((x.shape[3], dy.shape[3]), jnp.float32)] * 4] * 4
-    total, _ = lax.scan(add_chunk, total, _chunks(dy.shape, x, dy))  # pyright: ignore
+    total = _sum_over_chunks(multiply, x, dy)
     return jnp.array(_transform(_transpose(_KERNEL), total, x.dtype))
 
 
@@ -240,12 +236,32 @@ def _sum_over_pixels(a: Array, b: Array) -> Float[Array, "a_channels b_channels"
     return lax.dot_general(a, b, ((pixels, pixels), ((), ())))
 
 
-def _chunks(shape: Sequence[int], *arrays: Array) -> tuple[Array, ...]:
-    """Splits batches into equal parts of about _CHUNK_PIXELS pixels; shape is the output's."""
+def _sum_over_chunks(function: Callable[[Array, Array], Any], x: Array, dy: Array) -> Any:
+    """Returns the sum of function(x, dy), a tree, over the chunks, with a sum for each lane."""
+    lanes = _chunks(dy.shape, x, dy)
+    like = jax.eval_shape(function, *(array[0] for array in lanes[0]))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+
+    def add(sums: list[Any], chunk: list[tuple[Array, ...]]) -> tuple[list[Any], None]:
+        products = [function(*lane) for lane in chunk]
+        return jax.tree.map(jnp.add, sums, products), None
+
+    sums, _ = lax.scan(add, [zeros] * len(lanes), lanes)
+    return jax.tree.map(lambda *parts: sum(parts[1:], start=parts[0]), *sums)
+
+
+def _chunks(shape: Sequence[int], *arrays: Array) -> list[tuple[Array, ...]]:
+    """Splits batches into two lanes, halves of [turns, images, ...], for a loop over the turns.
+
+    A chunk has about _CHUNK_PIXELS pixels; `shape` is the output's. One of an odd number of images
+    is a single lane.
+    """
     batch, height, width = shape[:3]
-    limit = max(1, min(batch, _CHUNK_PIXELS // (height * width)))
-    n = next(n for n in range(limit, 0, -1) if batch % n == 0)
-    return tuple(array.reshape(-1, n, *array.shape[1:]) for array in arrays)
+    n_lanes = 1 if batch % 2 else 2
+    limit = max(1, min(batch // n_lanes, _CHUNK_PIXELS // (height * width)))
+    n = next(n for n in range(limit, 0, -1) if batch // n_lanes % n == 0)
+    halves = zip(*(jnp.split(array, n_lanes) for array in arrays), strict=True)
+    return [tuple(half.reshape(-1, n, *half.shape[1:]) for half in lane) for lane in halves]
 
 
 def _pad(x: Array, pads: Pads, value: float = 0.0, interior: Pair = (0, 0)) -> Array:
