@@ -22,7 +22,9 @@ from cnn_jax import configs, loop, models
 from cnn_jax.data import ImageDataset
 
 _CONFIGS = flags.DEFINE_list(
-    "configs", ["simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout"], "Configs to time."
+    "configs",
+    ["simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout", "airbench"],
+    "Configs to time.",
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1024, "Images a step.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the computation.")

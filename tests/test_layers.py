@@ -1,5 +1,6 @@
 """Layers of our own against lax, forward and backward; each runs where XLA's own does."""
 
+import re
 from itertools import product
 
 import flax.linen as nn
@@ -53,6 +54,7 @@ CASES = [
     (2, (9, 6), 16, (3, 3), 16, (1, 1), "VALID"),
     (2, (5, 6), 16, (3, 3), 16, (1, 1), ((0, 2), (3, 1))),
     (26, (8, 8), 16, (3, 3), 16, (1, 1), "SAME"),
+    (4, (32, 32), 16, (3, 3), 16, (1, 1), "SAME"),  # In two turns.
     (3, (1, 1), 16, (3, 3), 16, (1, 1), "SAME"),
     (3, (9, 8), 3, (3, 3), 16, (1, 1), "SAME"),
     (3, (9, 8), 16, (3, 3), 10, (2, 2), "SAME"),
@@ -84,6 +86,15 @@ def test_conv_of_bfloat16_is_as_exact_as_its_format(n_in):
     for actual, expected in zip(ours, plain, strict=True):
         assert actual.dtype == jnp.bfloat16
         assert_close(actual.astype(jnp.float32), expected, 2**-6)
+
+
+def test_the_loop_collects_the_bits_of_bfloat16():
+    """Or else every turn converts all outputs, and time grows with the square of the batch."""
+    x, kernel = normal(0, 8, 32, 32, 16), normal(1, 3, 3, 16, 16)
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    compiled = jax.jit(lambda x, k: fast_conv(x, k, (1, 1), "SAME")).lower(x, kernel).compile()
+    collected = re.findall(r"(\w+)\[4,1,32,32,16\]\S* dynamic-update-slice", compiled.as_text())
+    assert collected == ["u16", "u16"], "each half of the batch in four turns"
 
 
 @pytest.mark.parametrize(
