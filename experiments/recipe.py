@@ -5,7 +5,7 @@ from typing import Any
 
 from cnn_jax import configs
 from cnn_jax.config import Config
-from experiments.spec import Bars, Experiment
+from experiments.spec import Bars, Experiment, edit
 
 
 def _narrow(**changes: Any) -> Config:
@@ -19,8 +19,7 @@ def _narrow(**changes: Any) -> Config:
         optim=replace(base.optim, learning_rate=base.optim.learning_rate / 4),
         train=replace(base.train, batch_size=base.train.batch_size // 4),
     )
-    sections = {name: replace(getattr(base, name), **fields) for name, fields in changes.items()}
-    return replace(base, **sections)
+    return edit(base, **changes)
 
 
 def _without_norms(groups: Any) -> Any:

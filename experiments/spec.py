@@ -105,5 +105,10 @@ def small(**changes: Any) -> Config:
         model=ModelConfig(name="vgg", blocks=((16,), (32,), (64,)), dense=(128,)),
         train=TrainConfig(epochs=10, batch_size=64),
     )
+    return edit(base, **changes)
+
+
+def edit(base: Config, **changes: Any) -> Config:
+    """Returns a config with fields of its sections replaced: `edit(base, train={"epochs": 3})`."""
     sections = {name: replace(getattr(base, name), **fields) for name, fields in changes.items()}
     return replace(base, **sections)
