@@ -1,6 +1,7 @@
 """A run's folder: claimed by one process and one config, summarised, and read back."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,3 +204,14 @@ def test_an_ended_run_is_finished_and_of_the_classes_of_the_images(
     (workdir / "summary.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         runs.load_ended(workdir, tiny, dataset)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no taskset")
+def test_the_cores_of_a_run_are_those_it_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert runs.device()["cpu_count"] == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert runs.device()["cpu_count"] == len(allowed)
