@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from worker import serve
 
-from cnn_jax import configs, loop, train, trees
+from cnn_jax import configs, devices, loop, train, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 
@@ -179,6 +179,8 @@ def main(name: str, batch_size: str, kind: str, export: str | None = None) -> No
     # of them, between any two implementations: XLA's own convolutions leave PyTorch's as fast.
     optim = replace(config.optim, learning_rate=0.001)
     config = replace(config, train=settings, optim=optim)
+    if kind not in ("plain", "gemm"):
+        devices.use_cores(int(batch_size))
     if kind == "gemm":
         return serve(gemm_runner())
     if kind == "plain":

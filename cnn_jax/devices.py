@@ -1,7 +1,10 @@
 """Several devices and processes: one mesh with the axis `data`, over which a batch is spread.
 
-On a single device every function here returns what it is given. Parameters and the data set lie
-whole on every device; only a step's examples are divided, so gradients are summed across devices.
+On a single device every function here returns what it is given. A step's examples are divided, so
+gradients are summed across devices; parameters and the data set lie whole on every device. But on
+the cores of a CPU, each a device of its own, the kernels of dense layers are divided, not their
+examples: data parallelism for convolutions and model parallelism for dense layers, as in
+Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014).
 With several processes all run the same program on the mesh of all their devices; the main one,
 process 0, alone reads and writes the workdir, and the others learn from it what it found there.
 """
@@ -9,20 +12,54 @@ process 0, alone reads and writes the workdir, and the others learn from it what
 import contextlib
 import ctypes
 import json
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax.errors import UserError, one_line
 
+# More than these have not been measured.
+_MAX_CORES = 8
+# Numbers in a kernel from which on it is divided.
+_LARGE = 2**16
+
+
+def use_cores(batch_size: int) -> None:
+    """Makes each core a device of its own; to be called before JAX looks for its devices.
+
+    XLA would share out every operation among all cores, which then wait for each other at its end:
+    for a third of vgg3's time on two cores. As devices they wait where they exchange something.
+    There are never more than divide a batch evenly. JAX_NUM_CPU_DEVICES takes precedence, and
+    XLA_FLAGS.
+    """
+    forced = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if forced or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    limit = min(usable_cpus(), _MAX_CORES)
+    count = next(n for n in range(limit, 0, -1) if batch_size % n == 0)
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def usable_cpus() -> int:
+    """Returns the number of cores this process may run on, which taskset or a job may restrict."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _mesh() -> Mesh:
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
 
 def _sharding(*axes: str | None) -> NamedSharding:
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return NamedSharding(_mesh(), PartitionSpec(*axes))
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -40,20 +77,47 @@ def check_batch_size(batch_size: int) -> None:
 
 def replicate(tree: Any) -> Any:
     """Returns a tree of arrays as arrays that lie whole on every device."""
-    sharding = _sharding() if jax.device_count() > 1 else None
+    return jax.tree.map(lambda leaf: _put(leaf, _sharding), tree)
 
-    def put(leaf: Any) -> jax.Array:
-        if sharding is None:
-            # A copy of what numpy owns, since the buffers of a state are donated later on.
-            return leaf if isinstance(leaf, jax.Array) else jax.numpy.array(leaf)
-        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = put(jax.random.key_data(leaf))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        array = np.asarray(leaf)
-        # Unlike device_put this does not send the array around to see that all processes agree.
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(put, tree)
+def place(state: Any) -> Any:
+    """Returns a state, or another tree of arrays, as arrays that lie where training has them."""
+    return jax.tree.map(lambda leaf: _put(leaf, partial(_home, leaf.shape)), state)
+
+
+def _put(leaf: Any, sharding: Callable[[], NamedSharding]) -> jax.Array:
+    if jax.device_count() == 1:
+        # A copy of what numpy owns, since the buffers of a state are donated later on.
+        return leaf if isinstance(leaf, jax.Array) else jax.numpy.array(leaf)
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding():
+        return leaf
+    array = np.asarray(leaf)
+    # Unlike device_put this does not send the array around to see that all processes agree.
+    return jax.make_array_from_callback(array.shape, sharding(), lambda index: array[index])
+
+
+def _home(shape: Sequence[int]) -> NamedSharding:
+    """Returns where an array of a state lies: the outputs of large dense layers are divided."""
+    n = jax.device_count()
+    divided = (
+        jax.default_backend() == "cpu"
+        and jax.process_count() == 1
+        and len(shape) == 2
+        and math.prod(shape) >= _LARGE
+        and shape[1] % n == 0
+    )
+    return _sharding(None, "data") if divided else _sharding()
+
+
+def keep_placed(state: Any) -> Any:
+    """Inside a compiled function: leaves a state where `place` puts it."""
+    if jax.device_count() == 1:
+        return state
+    constrain = jax.lax.with_sharding_constraint
+    return jax.tree.map(lambda leaf: constrain(leaf, _home(leaf.shape)), state)
 
 
 def spread(array: jax.Array) -> jax.Array:
@@ -68,6 +132,33 @@ def gather(array: jax.Array) -> jax.Array:
     if jax.device_count() == 1:
         return array
     return jax.lax.with_sharding_constraint(array, _sharding())
+
+
+def per_device(
+    function: Callable[..., Any], batches: Sequence[jax.Array], *whole: Any, total: bool = False
+) -> Any:
+    """Inside a compiled function: returns function(*batches, *whole), computed by shares.
+
+    Each device runs the function on its share of the batches' first axis. What the devices return
+    is joined along that axis or, with `total`, summed. XLA divides most operations by itself, but
+    not a loop over a batch's parts: of that every device would run all.
+    """
+    n = jax.device_count()
+    if n == 1 or len(batches[0]) % n:
+        return function(*batches, *whole)
+
+    def share(*args: Any) -> Any:
+        result = function(*args)
+        return jax.lax.psum(result, "data") if total else result
+
+    everywhere, divided = PartitionSpec(), PartitionSpec("data")
+    return jax.shard_map(
+        share,
+        mesh=_mesh(),
+        in_specs=(divided,) * len(batches) + (everywhere,) * len(whole),
+        out_specs=everywhere if total else divided,
+        check_vma=False,  # It wants the zeros that a loop starts from declared as divided.
+    )(*batches, *whole)
 
 
 def join_processes(

@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from cnn_jax import devices
+
 Padding = str | Sequence[tuple[int, int]]
 Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
@@ -33,8 +35,7 @@ Grid = Any
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 # Output pixels worked on at a time: what is computed from them should fit into a core's cache and
-# still give matrices large enough to multiply at full speed. In every turn of a loop there are two
-# such chunks that have nothing to do with each other, so that two cores seldom wait for each other.
+# still give matrices large enough to multiply at full speed.
 _CHUNK_PIXELS = 1024
 
 # F(2x2, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), eq. 10:
@@ -171,7 +172,7 @@ def _winograd(x: Array, kernel: Array, pads: Pads) -> Array:
     kernels = _transform(_KERNEL, list(kernel), x.dtype)
     multiply = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
-    def convolve(x: Array) -> Array:
+    def convolve(x: Array, kernels: Grid) -> Array:
         tiles = _input_tiles(x, pads, (height, width), x.dtype)
         products = jax.tree.map(multiply, lax.optimization_barrier(tiles), kernels)
         (a, b), (c, d) = _transform(_OUTPUT, products, x.dtype)
@@ -180,10 +181,11 @@ def _winograd(x: Array, kernel: Array, pads: Pads) -> Array:
         y = y.reshape(n, 2 * rows, 2 * columns, channels)[:, :height, :width]
         return lax.bitcast_convert_type(y, jnp.uint16) if y.dtype == jnp.bfloat16 else y
 
-    lanes = _chunks((len(x), height, width), x)
-    ys = lax.map(lambda chunk: [convolve(*lane) for lane in chunk], lanes)
-    y = jnp.concatenate([y.reshape(-1, *y.shape[2:]) for y in ys])
-    return lax.bitcast_convert_type(y, x.dtype)
+    def convolve_all(x: Array, kernels: Grid) -> Array:
+        y = lax.map(lambda x: convolve(x, kernels), _chunks(x, height * width))
+        return lax.bitcast_convert_type(y.reshape(-1, *y.shape[2:]), x.dtype)
+
+    return devices.per_device(convolve_all, (x,), kernels)
 
 
 def _winograd_kernel_gradient(x: Array, dy: Array, pads: Pads) -> Array:
@@ -237,31 +239,27 @@ def _sum_over_pixels(a: Array, b: Array) -> Float[Array, "a_channels b_channels"
 
 
 def _sum_over_chunks(function: Callable[[Array, Array], Any], x: Array, dy: Array) -> Any:
-    """Returns the sum of function(x, dy), a tree, over the chunks, with a sum for each lane."""
-    lanes = _chunks(dy.shape, x, dy)
-    like = jax.eval_shape(function, *(array[0] for array in lanes[0]))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    """Returns the sum of function(x, dy), a tree, over chunks of the batch."""
 
-    def add(sums: list[Any], chunk: list[tuple[Array, ...]]) -> tuple[list[Any], None]:
-        products = [function(*lane) for lane in chunk]
-        return jax.tree.map(jnp.add, sums, products), None
+    def sum_all(x: Array, dy: Array) -> Any:
+        n_pixels = dy.shape[1] * dy.shape[2]
+        chunks = _chunks(x, n_pixels), _chunks(dy, n_pixels)
+        like = jax.eval_shape(function, *(array[0] for array in chunks))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
 
-    sums, _ = lax.scan(add, [zeros] * len(lanes), lanes)
-    return jax.tree.map(lambda *parts: sum(parts[1:], start=parts[0]), *sums)
+        def add(total: Any, chunk: tuple[Array, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, function(*chunk)), None
+
+        return lax.scan(add, zeros, chunks)[0]
+
+    return devices.per_device(sum_all, (x, dy), total=True)
 
 
-def _chunks(shape: Sequence[int], *arrays: Array) -> list[tuple[Array, ...]]:
-    """Splits batches into two lanes, halves of [turns, images, ...], for a loop over the turns.
-
-    A chunk has about _CHUNK_PIXELS pixels; `shape` is the output's. One of an odd number of images
-    is a single lane.
-    """
-    batch, height, width = shape[:3]
-    n_lanes = 1 if batch % 2 else 2
-    limit = max(1, min(batch // n_lanes, _CHUNK_PIXELS // (height * width)))
-    n = next(n for n in range(limit, 0, -1) if batch // n_lanes % n == 0)
-    halves = zip(*(jnp.split(array, n_lanes) for array in arrays), strict=True)
-    return [tuple(half.reshape(-1, n, *half.shape[1:]) for half in lane) for lane in halves]
+def _chunks(batch: Array, n_pixels: int) -> Array:
+    """Splits a batch into [turns, images, ...] for a loop; an image has `n_pixels` outputs."""
+    limit = max(1, min(len(batch), _CHUNK_PIXELS // n_pixels))
+    n = next(n for n in range(limit, 0, -1) if len(batch) % n == 0)
+    return batch.reshape(-1, n, *batch.shape[1:])
 
 
 def _pad(x: Array, pads: Pads, value: float = 0.0, interior: Pair = (0, 0)) -> Array:

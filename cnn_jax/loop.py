@@ -232,7 +232,7 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
                 if signum:
                     raise Stopped(signum, step)
         if settings.patience and (restored := _restore(trainer, best, log)):
-            state = devices.replicate(restored[0])
+            state = devices.place(restored[0])
     return state, progress
 
 
@@ -251,14 +251,14 @@ def _restore(
 def _resume(trainer: Trainer, latest: Checkpoints, log: RunLog) -> tuple[TrainState, Progress]:
     restored = _restore(trainer, latest, log)
     if restored is None:
-        return devices.replicate(trainer.start(log)), Progress()
+        return devices.place(trainer.start(log)), Progress()
     state, record = restored
     if record["data_sha256"] != trainer.dataset.sha256:
         raise UserError(
             "the images are not those that this workdir was trained on; restore them "
             "or choose another --workdir"
         )
-    return devices.replicate(state), Progress(**record["progress"])
+    return devices.place(state), Progress(**record["progress"])
 
 
 def _record(trainer: Trainer, progress: Progress) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def main(argv: list[str]) -> None:
     modes.set_up_jax(wanted)
     if _DISTRIBUTED.value:
         devices.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    else:
+        devices.use_cores(wanted.train.batch_size)
     if mode == "train":
         modes.train(wanted, workdir)
     elif mode == "summary":

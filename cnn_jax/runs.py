@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -239,15 +238,8 @@ def device() -> dict[str, Any]:
         "platform": first.platform,
         "kind": first.device_kind,
         "count": jax.device_count(),
-        "cpu_count": usable_cpus(),
+        "cpu_count": devices.usable_cpus(),
     }
-
-
-def usable_cpus() -> int:
-    """Returns the number of cores this process may run on, which taskset or a job may restrict."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def write_json(path: Path, value: Any) -> None:

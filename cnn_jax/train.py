@@ -133,7 +133,7 @@ def init_state(
     """Returns the state before the first step, a function of `key` alone."""
     variables = recipe.model.init(key, jnp.zeros((1, *image_shape)))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
@@ -141,6 +141,7 @@ def init_state(
         average=start_average(recipe, params, batch_stats),
         epoch_sums=Sums.zeros(),
     )
+    return devices.keep_placed(state)
 
 
 def start_average(recipe: Recipe, params: Any, batch_stats: Any) -> Any:
@@ -161,7 +162,8 @@ def enter_phase(recipe: Recipe, state: TrainState) -> TrainState:
         "average": start_average(recipe, state.params, state.batch_stats),
     }
     old = {name: getattr(state, name) for name in fresh}
-    return replace(state, **trees.replace_named(fresh, trees.named_leaves(old)))
+    state = replace(state, **trees.replace_named(fresh, trees.named_leaves(old)))
+    return devices.keep_placed(state)
 
 
 def epoch_order(
@@ -336,4 +338,5 @@ def train_segment(
 
     steps = (recipe.max_segment,)
     start = state, History(Sums.zeros(steps), jnp.zeros(steps), jnp.zeros(steps))
-    return jax.lax.fori_loop(0, n_steps, body, start)
+    state, history = jax.lax.fori_loop(0, n_steps, body, start)
+    return devices.keep_placed(state), history

@@ -9,6 +9,7 @@ optimizer, pooling, rotation and translation.
 """
 
 import importlib
+import math
 from pathlib import Path
 
 from absl import flags
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
     # These import JAX, so they wait until the names are known to be right.
     from rich.console import Console
 
-    from cnn_jax import modes
+    from cnn_jax import devices, modes
     from experiments import rows, runner
 
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> None:
     store = rows.Store(experiment, Path(_RUNS.value) / name, RESULTS / name, others)
     seeds = _SEEDS.value or experiment.seeds
     modes.set_up_jax(experiment.variants[variants[0]])
+    sizes = [variant.train.batch_size for variant in experiment.variants.values()]
+    devices.use_cores(math.gcd(*sizes))
     console = Console(highlight=False, soft_wrap=True)
     if what == "list":
         console.print(runner.states(store, variants, seeds))

@@ -220,6 +220,7 @@ def main() -> None:
     wanted = pretraining(1 if arguments.quick else 30)
     epochs = dict.fromkeys(SHOTS, 10) if arguments.quick else EPOCHS
     modes.set_up_jax(wanted)
+    devices.use_cores(wanted.train.batch_size)
     source = arguments.runs / "pretrained"
     accuracy = train(wanted, source)
     print(f"pretrained on {', '.join(OLD)}: {accuracy:.2%}", flush=True)

@@ -1,11 +1,19 @@
 """Eight virtual devices on one CPU train as one device does, up to the order of sums."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 from test_main import SMALL, command, mistake
 
+from cnn_jax import devices
+
+ONE = {"JAX_NUM_CPU_DEVICES": "1"}
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
@@ -15,11 +23,17 @@ def losses(workdir: Path) -> np.ndarray:
 
 
 def test_eight_devices_give_the_losses_of_one(tmp_path: Path):
-    """Dropout and augmentation included: random bits do not depend on where they are used."""
-    run = (*SMALL, "--set=model.dropout=0.5", "--set=augment.translate=1")
-    assert command(*run, "--workdir=one", cwd=tmp_path).returncode == 0
-    result = command(*run, "--workdir=eight", cwd=tmp_path, **EIGHT)
-    assert result.returncode == 0, result.stderr
+    """Dropout and augmentation included: random bits do not depend on where they are used.
+
+    The network is large enough for loops over images and for a dense layer that is divided.
+    """
+    large = ("--set=model.blocks=[[16,16]]", "--set=model.dense=[512]")
+    run = (*SMALL, *large, "--set=model.dropout=0.5", "--set=augment.translate=1")
+    assert command(*run, "--workdir=one", cwd=tmp_path, **ONE).returncode == 0
+    for workdir in ("eight", "again"):
+        result = command(*run, f"--workdir={workdir}", cwd=tmp_path, **EIGHT)
+        assert result.returncode == 0, result.stderr
+    assert (losses(tmp_path / "again") == losses(tmp_path / "eight")).all()
     one, eight = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "eight"))
     assert (one["device"]["count"], eight["device"]["count"]) == (1, 8)
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=2e-5)
@@ -27,7 +41,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path: Path):
 
 
 def test_a_checkpoint_of_one_device_is_read_by_eight(tmp_path: Path):
-    assert command(*SMALL, "--workdir=run", cwd=tmp_path).returncode == 0
+    assert command(*SMALL, "--workdir=run", cwd=tmp_path, **ONE).returncode == 0
     result = command("--mode=evaluate", "--workdir=run", cwd=tmp_path, **EIGHT)
     assert result.returncode == 0, result.stderr
     accuracy = json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"]
@@ -38,3 +52,60 @@ def test_a_batch_that_cannot_be_spread_is_one_line(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", EIGHT["XLA_FLAGS"])
     line = mistake(*SMALL, "--set=train.batch_size=60", cwd=tmp_path)
     assert line.startswith("train.batch_size=60 can't be spread over 8 devices")
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch_size", "count"),
+    [(1, 64, 1), (2, 64, 2), (2, 33, 1), (6, 64, 4), (4, 6, 3), (128, 1024, 8), (2, 1, 1)],
+)
+def test_cores_become_devices_that_divide_a_batch(
+    cores: int, batch_size: int, count: int, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = {}
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(devices, "usable_cpus", lambda: cores)
+    monkeypatch.setattr(jax.config, "update", wanted.__setitem__)
+    devices.use_cores(batch_size)
+    assert wanted == {"jax_num_cpu_devices": count}
+    for name, value in {**EIGHT, **ONE}.items():
+        with monkeypatch.context() as told:
+            told.setenv(name, value)
+            told.setattr(devices, "usable_cpus", lambda: pytest.fail("the user has decided"))
+            devices.use_cores(batch_size)
+
+
+SHARES = """
+from cnn_jax import configs, devices, loop
+from cnn_jax.config import with_overrides
+from cnn_jax.data import load
+
+blocks, batch = "model.blocks=[[16,16]]", "train.batch_size=24"
+config = with_overrides(configs.get("quickstart"), [blocks, batch, "model.dense=[512]"])
+trainer = loop.Trainer(config, load(config.data))
+state = devices.place(trainer.init())
+kernel = state.params["fc1"]["kernel"]
+print(kernel.shape, kernel.sharding.shard_shape(kernel.shape))
+print(state.params["head"]["kernel"].sharding.is_fully_replicated)
+trainer.compile(state)
+after, _ = trainer.run_segment(state, 1)
+print(after.params["fc1"]["kernel"].sharding == kernel.sharding)
+print("f32[24,32,32,16]" in trainer.compiled.as_text())
+print("f32[3,32,32,16]" in trainer.compiled.as_text())
+"""
+
+
+def test_each_device_computes_its_share_and_no_more():
+    result = subprocess.run(
+        [sys.executable, "-c", SHARES],
+        env={**os.environ, **EIGHT, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.stdout.splitlines() == [
+        "(4096, 512) (4096, 64)",
+        "True",
+        "True",
+        "False",
+        "True",
+    ], result.stderr

@@ -41,7 +41,7 @@ def summary(workdir: Path) -> dict:
 
 
 def test_two_processes_are_stopped_resume_and_agree_with_one(tmp_path: Path):
-    one = start(*RUN, cwd=tmp_path)
+    one = start(*RUN, cwd=tmp_path, JAX_NUM_CPU_DEVICES="1")
     assert wait([one])[0][0] == 0
     metrics = tmp_path / "0/run/metrics.jsonl"
     processes = launch(tmp_path, *RUN, "--set=train.segment_steps=1")
