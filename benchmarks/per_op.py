@@ -8,7 +8,6 @@ time add up, so the total is thread time, to be compared with the step's time by
 cores. What no row names, threads spent waiting for each other.
 """
 
-import os
 import re
 import sys
 import tempfile
@@ -66,8 +65,9 @@ def main(_: list[str]) -> None:
     import digits
     import jax
 
-    from cnn_jax import configs, loop, models
+    from cnn_jax import configs, devices, loop, models
 
+    devices.use_cores(_BATCH_SIZE.value)
     config = configs.get(_CONFIG.value)
     train = replace(config.train, batch_size=_BATCH_SIZE.value, segment_steps=_STEPS.value)
     config = replace(config, train=train, model=replace(config.model, dtype=_DTYPE.value))
@@ -90,7 +90,7 @@ def main(_: list[str]) -> None:
             totals[describe(found[name], layers)] += nanoseconds
     whole = sum(totals.values())
     print(f"{config.name}, batch {_BATCH_SIZE.value}, {_DTYPE.value}: {step_ms:.0f} ms a step")
-    print(f"{whole / _STEPS.value / 1e6:.0f} ms of thread time on {os.cpu_count()} cores, of which")
+    print(f"{whole / _STEPS.value / 1e6:.0f} ms of thread time on {devices.usable_cpus()} cores, of which")
     print("| pass, layer, operation | ms a step | share |\n|---|---|---|")
     rows = totals.most_common(_ROWS.value)
     rows.append(("the rest", whole - sum(nanoseconds for _, nanoseconds in rows)))
