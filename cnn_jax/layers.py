@@ -322,6 +322,57 @@ def _dense_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, A
 _dense.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _dense_backward)
 
 
+class Conv(nn.Module):
+    """The convolution of nn.Conv, with its parameters `kernel` and `bias`, for NHWC images."""
+
+    features: int
+    kernel_size: Pair = (3, 3)
+    strides: Pair = (1, 1)
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "batch height width in"]
+    ) -> Float[Array, "batch new_height new_width out"]:
+        """Returns feature maps of `dtype`."""
+        shape = (*self.kernel_size, inputs.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        x, kernel = inputs.astype(self.dtype), kernel.astype(self.dtype)
+        y = conv_general_dilated(x, kernel, self.strides, self.padding, dimension_numbers=_NHWC)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,))
+            y = add_bias(y, bias.astype(self.dtype))
+        return y
+
+
+def add_bias(
+    x: Float[Array, "batch height width channels"], bias: Float[Array, "channels"]
+) -> Float[Array, "batch height width channels"]:
+    """Returns x + bias; on a CPU, a bfloat16 bias has a gradient that is summed in float32.
+
+    XLA makes of a sum of bfloat16 a reduce-window that runs on one core.
+    """
+    if x.dtype == bias.dtype == jnp.bfloat16 and on_cpu():
+        return _add_bias(x, bias)
+    return x + bias.reshape(1, 1, 1, -1)
+
+
+@jax.custom_vjp
+def _add_bias(x: Array, bias: Array) -> Array:
+    return x + bias.reshape(1, 1, 1, -1)
+
+
+def _add_bias_backward(_: None, dy: Array) -> tuple[Array, Array]:
+    return dy, jnp.sum(dy, axis=(0, 1, 2))
+
+
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), None), _add_bias_backward)
+
+
 def max_pool(
     inputs: Float[Array, "batch height width channels"],
     window_shape: Sequence[int],

@@ -90,15 +90,12 @@ def partial_identity(
     return kernel.at[height // 2, width // 2, first, first].set(1)
 
 
-def _convolution(width: int, stride: int, initializer: str, dtype: Any, name: str) -> nn.Conv:
-    return nn.Conv(
+def _convolution(width: int, stride: int, initializer: str, dtype: Any, name: str) -> layers.Conv:
+    return layers.Conv(
         width,
-        (3, 3),
         strides=(stride, stride),
-        padding="SAME",
         dtype=dtype,
         kernel_init=INITIALIZERS[initializer],
-        conv_general_dilated=layers.conv_general_dilated,
         name=name,
     )
 
@@ -235,14 +232,11 @@ class AirbenchGroup(Block):
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Array:
         """Returns feature maps of half the height and width, rounded down."""
         for i, width in enumerate(self.widths, start=1):
-            x = nn.Conv(
+            x = layers.Conv(
                 width,
-                (3, 3),
-                padding="SAME",
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=partial_identity,
-                conv_general_dilated=layers.conv_general_dilated,
                 name=f"conv{i}",
             )(x)
             if i == 1:
@@ -276,14 +270,13 @@ class Airbench(Classifier):
         """Returns logits; with `train`, BatchNorm uses the batch and moves its statistics."""
         _check_size(images, self.blocks, 3 * 2 ** len(self.blocks) + 1)
         patch = 2 * 2 * images.shape[-1]
-        x = nn.Conv(
+        x = layers.Conv(
             2 * patch,
             (2, 2),
             padding="VALID",
             dtype=self.dtype,
             kernel_init=fan_in_uniform,
             bias_init=partial(fan_in_uniform, fan_in=patch),
-            conv_general_dilated=layers.conv_general_dilated,
             name="whiten",
         )(images)
         x = ACTIVATIONS[self.activation](x)

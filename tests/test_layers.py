@@ -140,14 +140,30 @@ def test_other_platforms_keep_the_functions_of_lax(monkeypatch):
     assert "reduce_window" in program()
 
 
-def test_conv_layer_has_the_parameters_and_outputs_of_linen():
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_conv_layer_has_the_parameters_and_outputs_of_linen(use_bias: bool):
     x = normal(0, 2, 8, 8, 3)
-    plain = nn.Conv(16, (3, 3))
-    ours = nn.Conv(16, (3, 3), conv_general_dilated=layers.conv_general_dilated)
-    variables = plain.init(jax.random.key(1), x)
-    same = ours.init(jax.random.key(1), x)
-    jax.tree.map(np.testing.assert_array_equal, same, variables)
-    assert_close(ours.apply(variables, x), plain.apply(variables, x), 1e-6)
+    settings = {"use_bias": use_bias, "bias_init": nn.initializers.normal()}
+    ours = layers.Conv(16, (3, 2), (2, 1), **settings)
+    linen = nn.Conv(16, (3, 2), (2, 1), **settings)
+    y, variables = ours.init_with_output(jax.random.key(0), x)
+    expected, of_linen = linen.init_with_output(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, variables, of_linen)
+    assert_close(y, expected, 1e-6)
+
+
+def test_bias_of_bfloat16_has_a_gradient_summed_in_float32():
+    """By a reduction, not by XLA's reduce-window for bfloat16, which runs on one core."""
+    x, bias, dy = (normal(i, 64, 32, 32, 16).astype(jnp.bfloat16) for i in range(3))
+    y, pullback = jax.vjp(layers.add_bias, x, bias[0, 0, 0])
+    np.testing.assert_array_equal(y, x + bias[:1, :1, :1])
+    dx, gradient = pullback(dy)
+    np.testing.assert_array_equal(dx, dy)
+    assert gradient.dtype == jnp.bfloat16
+    exact = np.asarray(dy, np.float64).sum(axis=(0, 1, 2))
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), exact, rtol=2**-8, atol=0.01)
+    program = jax.jit(pullback).lower(dy).compile().as_text()
+    assert "reduce" in program and "reduce-window" not in program
 
 
 POOLS = list(
