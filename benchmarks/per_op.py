@@ -90,7 +90,8 @@ def main(_: list[str]) -> None:
             totals[describe(found[name], layers)] += nanoseconds
     whole = sum(totals.values())
     print(f"{config.name}, batch {_BATCH_SIZE.value}, {_DTYPE.value}: {step_ms:.0f} ms a step")
-    print(f"{whole / _STEPS.value / 1e6:.0f} ms of thread time on {devices.usable_cpus()} cores, of which")
+    cores = devices.usable_cpus()
+    print(f"{whole / _STEPS.value / 1e6:.0f} ms of thread time on {cores} cores, of which")
     print("| pass, layer, operation | ms a step | share |\n|---|---|---|")
     rows = totals.most_common(_ROWS.value)
     rows.append(("the rest", whole - sum(nanoseconds for _, nanoseconds in rows)))
