@@ -30,7 +30,6 @@ Runner = Callable[[int], list[float]]
 """Runs so many steps and returns their losses."""
 
 N_IMAGES = 4096
-KEY = jax.random.key(1)
 GEMM_SIZE = 2048
 
 
@@ -57,13 +56,15 @@ def step_runner(config: Config) -> Runner:
     recipe = train.make_recipe(config, 10, N_IMAGES // config.train.batch_size)
     state = train.init_state(recipe, jax.random.key(0), dataset.image_shape)
     images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
-    rng = np.random.default_rng(1)
+    rng, base_key = np.random.default_rng(1), jax.random.key(1)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, images, labels, index):
+        index = devices.spread(index)
         batch = train.Batch(images[index], labels[index], jnp.ones(len(index)))
-        key = jax.random.fold_in(KEY, state.step)
-        return train.train_step(recipe, state, batch, key, is_last=False)[:2]
+        key = jax.random.fold_in(base_key, state.step)
+        state, totals, _ = train.train_step(recipe, state, batch, key, is_last=False)
+        return devices.keep_placed(state), totals
 
     def run(n_steps: int) -> list[float]:
         nonlocal state
