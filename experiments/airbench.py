@@ -8,7 +8,7 @@ _NAMES = ("simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout", "airbench")
 EXPERIMENT = Experiment(
     question="How far has the field come since the chapter?",
     variants={name: configs.get(name) for name in _NAMES},
-    figure=Points("train_flops", "floating-point operations of training"),
+    figure=Points("train_flops"),
     order=("airbench", *_NAMES[:-1]),
     columns=(
         "test_accuracy",

@@ -167,11 +167,15 @@ def draw(store: Store, final: dict[str, list[Run]], curves: list[Row]) -> Figure
         }
         return plots.lines(series, x_label=kind.label, y_label="test accuracy")
     if isinstance(kind, Points):
+        factor, _ = _FORMATS.get(kind.column, _PERCENT)
         points = {
-            variant: (_values(store, wanted, kind.column), _values(store, wanted, "test_accuracy"))
+            variant: (
+                factor * _values(store, wanted, kind.column),
+                _values(store, wanted, "test_accuracy"),
+            )
             for variant, wanted in final.items()
         }
-        return plots.points(points, x_label=kind.label, y_label="test accuracy")
+        return plots.points(points, x_label=_heading(kind.column), y_label="test accuracy")
     return plots.lines(
         _against_field(store, final, kind),
         x_label=kind.label,
@@ -212,8 +216,9 @@ def _mean_curves(
         for line in curves:
             if line["variant"] == variant:
                 by_epoch.setdefault(line["epoch"], []).append(line)
-        means[variant] = tuple(
-            np.array([fmean(line[name] for line in by_epoch[e]) for e in sorted(by_epoch)])
-            for name in ("train_accuracy", "test_accuracy")
-        )
+        if by_epoch:
+            means[variant] = tuple(
+                np.array([fmean(line[name] for line in by_epoch[e]) for e in sorted(by_epoch)])
+                for name in ("train_accuracy", "test_accuracy")
+            )
     return means

@@ -48,7 +48,6 @@ class Points:
     """A figure of the test accuracy against another column of the table, a point a variant."""
 
     column: str
-    label: str
 
 
 @dataclass(frozen=True)

@@ -647,3 +647,23 @@ def test_points_of_a_line_are_found_by_name_and_field(tmp_path: Path):
     assert data["a"] == [[16, 0.0], [32, 0.1]]
     np.testing.assert_allclose(data["b"], [[16, 0.2], [32, 0.3]])
     assert axes.get_xlabel() == "batch"
+
+
+def test_points_stand_at_what_the_table_says_and_missing_variants_have_no_curve(tmp_path: Path):
+    variants = {"one": BASE, "other": edit(BASE, train={"epochs": 5})}
+    experiment = Experiment("?", variants, Points("train_flops"), seeds=1)
+    store = Store(experiment, tmp_path / "none", tmp_path)
+    final = {name: store.runs(name, 1)[1] for name in variants}
+    training = {"flops_per_image": 2e12, "images_per_second": 10, "seconds": 5}
+    known = row("one", 0, 0.5, **training) | {"config_sha256": final["one"][0].sha256}
+    rows.write_csv(tmp_path / "results.csv", known, [known])
+    store = Store(experiment, tmp_path / "none", tmp_path)
+    axes = report.draw(store, final, []).axes[0]
+    (point,) = axes.lines[:1]
+    np.testing.assert_allclose(np.asarray(point.get_xydata()), [[0.3, 0.5]])
+    assert axes.get_xlabel() == "PFLOPs of training"
+
+    store = Store(replace(experiment, figure=Curves()), tmp_path / "none", tmp_path)
+    line = dict.fromkeys(rows.CURVE) | {"epoch": 1, "train_accuracy": 0.4, "test_accuracy": 0.3}
+    figure = report.draw(store, final, [line | {"variant": "one", "seed": 0}])
+    assert [str(line.get_label()) for line in figure.axes[0].lines] == ["one"]
