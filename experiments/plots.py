@@ -52,7 +52,8 @@ def learning_curves(
         one.set(title=title, xlabel="epoch")
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("accuracy")
-    axes[1].legend()
+    if curves:
+        axes[1].legend()
     return figure
 
 

@@ -414,7 +414,8 @@ def test_the_command_lists_runs_and_reports(
     monkeypatch.setitem(sys.modules, "experiments.try", module)
     monkeypatch.setattr(run, "EXPERIMENTS", ("try",))
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.setattr("cnn_jax.modes.set_up_jax", lambda _: None)
+    for name in ("modes.set_up_jax", "devices.use_cores"):  # JAX has its devices by now.
+        monkeypatch.setattr(f"cnn_jax.{name}", lambda _: None)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/try").symlink_to(trained / "runs")
     flags.FLAGS.mark_as_parsed()
