@@ -180,12 +180,11 @@ def main(name: str, batch_size: str, kind: str, export: str | None = None) -> No
     # of them, between any two implementations: XLA's own convolutions leave PyTorch's as fast.
     optim = replace(config.optim, learning_rate=0.001)
     config = replace(config, train=settings, optim=optim)
-    if kind not in ("plain", "gemm"):
-        devices.use_cores(int(batch_size))
     if kind == "gemm":
         return serve(gemm_runner())
     if kind == "plain":
         return serve(plain_runner(config))
+    devices.use_cores(int(batch_size))
     if kind == "step":
         return serve(step_runner(config))
     model = replace(config.model, dtype=kind)

@@ -15,7 +15,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -77,26 +76,26 @@ def check_batch_size(batch_size: int) -> None:
 
 def replicate(tree: Any) -> Any:
     """Returns a tree of arrays as arrays that lie whole on every device."""
-    return jax.tree.map(lambda leaf: _put(leaf, _sharding), tree)
+    return jax.tree.map(lambda leaf: _put(leaf, _sharding()), tree)
 
 
 def place(state: Any) -> Any:
     """Returns a state, or another tree of arrays, as arrays that lie where training has them."""
-    return jax.tree.map(lambda leaf: _put(leaf, partial(_home, leaf.shape)), state)
+    return jax.tree.map(lambda leaf: _put(leaf, _home(leaf.shape)), state)
 
 
-def _put(leaf: Any, sharding: Callable[[], NamedSharding]) -> jax.Array:
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if jax.device_count() == 1:
         # A copy of what numpy owns, since the buffers of a state are donated later on.
         return leaf if isinstance(leaf, jax.Array) else jax.numpy.array(leaf)
     if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    if isinstance(leaf, jax.Array) and leaf.sharding == sharding():
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return leaf
     array = np.asarray(leaf)
     # Unlike device_put this does not send the array around to see that all processes agree.
-    return jax.make_array_from_callback(array.shape, sharding(), lambda index: array[index])
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _home(shape: Sequence[int]) -> NamedSharding:

@@ -140,6 +140,16 @@ def test_other_platforms_keep_the_functions_of_lax(monkeypatch):
     assert "reduce_window" in program()
 
 
+def test_linen_s_own_layer_takes_the_convolution():
+    x = normal(0, 2, 8, 8, 3)
+    plain = nn.Conv(16, (3, 3))
+    ours = nn.Conv(16, (3, 3), conv_general_dilated=layers.conv_general_dilated)
+    variables = plain.init(jax.random.key(1), x)
+    same = ours.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
+    assert_close(ours.apply(variables, x), plain.apply(variables, x), 1e-6)
+
+
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_conv_layer_has_the_parameters_and_outputs_of_linen(use_bias: bool):
     x = normal(0, 2, 8, 8, 3)

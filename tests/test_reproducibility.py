@@ -17,7 +17,7 @@ from processes import finish
 from test_main import SMALL, command, mistake
 from test_train import edit, fit_until, quiet
 
-from cnn_jax import devices, loop, trees
+from cnn_jax import loop, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 
@@ -175,15 +175,17 @@ def test_verify_names_the_versions_and_devices_that_differ(whole: Path, tmp_path
     def change(summary: dict) -> None:
         summary["params_sha256"] = "0" * 64
         summary["versions"]["jax"] = "0.0.1"
-        summary["device"]["cpu_count"] = 99
+        summary["device"] |= {"count": 98, "cpu_count": 99}
 
     verified = command("--mode=verify", "--workdir=run", cwd=edited(whole, tmp_path, change))
     assert verified.returncode == 1, verified.stderr
     assert f"params_sha256 differs: {'0' * 64} in run, {result(whole)[0]} now" in verified.stdout
     changes = [line for line in verified.stdout.splitlines() if " -> " in line]
+    now = json.loads((whole / "summary.json").read_text())["device"]
     assert changes == [
         f"jax: 0.0.1 -> {jax.__version__}",
-        f"device cpu_count: 99 -> {devices.usable_cpus()}",
+        f"device count: 98 -> {now['count']}",
+        f"device cpu_count: 99 -> {now['cpu_count']}",
     ]
 
 
