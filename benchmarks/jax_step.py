@@ -85,7 +85,8 @@ def write_spec(path: str, config: Config, dataset: ImageDataset, params: Any) ->
     order_key = jax.random.split(train_key)[0]
     order = train.epoch_order(order_key, jnp.int32(0), N_IMAGES, config.train.batch_size)
     arrays = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(params).items()}
-    np.savez(f"{path}.npz", images=dataset.train.images, labels=dataset.train.labels, **arrays)
+    arrays |= {"images": dataset.train.images, "labels": dataset.train.labels}
+    np.savez(f"{path}.npz", **arrays)  # pyright: ignore[reportArgumentType]
     spec = {
         "name": config.model.name,
         "blocks": config.model.blocks,
@@ -137,7 +138,7 @@ def plain_runner(config: Config) -> Runner:
         params, opt_state = state
 
         def mean_loss(params):
-            logits = model.apply(params, images, rngs={"dropout": key})
+            logits: Any = model.apply(params, images, rngs={"dropout": key})
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, grads = jax.value_and_grad(mean_loss)(params)

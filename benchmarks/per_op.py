@@ -74,7 +74,7 @@ def main(_: list[str]) -> None:
     trainer = loop.Trainer(config, digits.repeated(_BATCH_SIZE.value * _STEPS.value))
     state = trainer.init()
     trainer.compile(state)
-    state, _ = trainer.run_segment(state, _STEPS.value)
+    state = trainer.run_segment(state, _STEPS.value)[0]
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             start = time.perf_counter()
@@ -82,7 +82,9 @@ def main(_: list[str]) -> None:
             step_ms = (time.perf_counter() - start) / _STEPS.value * 1e3
         (path,) = Path(folder).rglob("*.xplane.pb")
         trace = jax.profiler.ProfileData.from_file(str(path))
-    found = sources(trainer.compiled.as_text())
+    hlo = trainer.compiled.as_text()
+    assert hlo
+    found = sources(hlo)
     layers = [row.name for row in models.summarize(trainer.recipe.model, (32, 32, 3))]
     totals: Counter[str] = Counter()
     for name, nanoseconds in self_times(trace).items():
@@ -93,7 +95,7 @@ def main(_: list[str]) -> None:
     cores = devices.usable_cpus()
     print(f"{whole / _STEPS.value / 1e6:.0f} ms of thread time on {cores} cores, of which")
     print("| pass, layer, operation | ms a step | share |\n|---|---|---|")
-    rows = totals.most_common(_ROWS.value)
+    rows: list[tuple[str, float]] = [*totals.most_common(_ROWS.value)]
     rows.append(("the rest", whole - sum(nanoseconds for _, nanoseconds in rows)))
     for name, nanoseconds in rows:
         print(f"| {name} | {nanoseconds / _STEPS.value / 1e6:.1f} | {nanoseconds / whole:.1%} |")

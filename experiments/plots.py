@@ -97,7 +97,7 @@ def points(
         axes.errorbar(
             means[:1], means[1:], deviations[1:], color=color, marker=marker, capsize=3, ls="none"
         )
-        axes.annotate(label, means, (6, 4), textcoords="offset points")
+        axes.annotate(label, tuple(means), (6, 4), textcoords="offset points")
     axes.margins(x=0.15, y=0.1)
     axes.set(xlabel=x_label, ylabel=y_label)
     return figure

@@ -308,7 +308,7 @@ def _read_results(folder: Path) -> list[tuple[Row, list[Row]]]:
     curves: dict[tuple[str, int], list[Row]] = {}
     for line in read_csv(folder / "curves.csv"):
         curves.setdefault((line["variant"], line["seed"]), []).append(line)
-    blank = dict.fromkeys((*COLUMNS, *SURROUNDINGS))
+    blank: Row = dict.fromkeys((*COLUMNS, *SURROUNDINGS))
     rows = [blank | row for row in read_csv(folder / "results.csv")]
     return [(row, curves.get((row["variant"], row["seed"]), [])) for row in rows]
 

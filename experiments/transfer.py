@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from cnn_jax import config, configs, data, features, figures, loop, modes, runs, transfer
+from cnn_jax import config, configs, data, devices, features, figures, loop, modes, runs, transfer
 from cnn_jax.config import AugmentConfig, Config, InitConfig, ModelConfig, TrainConfig
 from cnn_jax.run_log import RunLog
 from experiments import rows
@@ -110,6 +110,7 @@ def validate(wanted: Config, workdir: Path) -> float:
     except loop.NotFinite as error:
         print(error)
         return 0.0
+    assert dataset.validation is not None
     return trainer.evaluate(state, dataset.validation).accuracy
 
 
@@ -218,7 +219,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few epochs, to try the script")
     arguments = parser.parse_args()
     wanted = pretraining(1 if arguments.quick else 30)
-    epochs = dict.fromkeys(SHOTS, 10) if arguments.quick else EPOCHS
+    epochs: dict[int, int] = dict.fromkeys(SHOTS, 10) if arguments.quick else EPOCHS
     modes.set_up_jax(wanted)
     devices.use_cores(wanted.train.batch_size)
     source = arguments.runs / "pretrained"
