@@ -164,26 +164,35 @@ def _suits_winograd(kernel_shape: Sequence[int], strides: Pair) -> bool:
 def _winograd(x: Array, kernel: Array, pads: Pads) -> Array:
     """Returns the 3x3 convolution of stride 1.
 
-    The barrier keeps XLA from computing the tiles anew inside each product. The loop collects the
-    bits of bfloat16 outputs: to put a part of them into an array, XLA would convert all of it to
-    float32 and back, in every turn.
+    The barrier keeps XLA from computing the tiles anew inside each product.
     """
     height, width = (x.shape[axis + 1] + sum(pads[axis]) - 2 for axis in (0, 1))
+    n_out = kernel.shape[-1]
+    # Products of a multiple of 16 columns are much faster: 16 float32 fill an AVX-512 register.
+    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 0), (0, -n_out % 16)))
     kernels = _transform(_KERNEL, list(kernel), x.dtype)
     multiply = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
     def convolve(x: Array, kernels: Grid) -> Array:
         tiles = _input_tiles(x, pads, (height, width), x.dtype)
         products = jax.tree.map(multiply, lax.optimization_barrier(tiles), kernels)
+        products = jax.tree.map(lambda product: product[..., :n_out], products)
         (a, b), (c, d) = _transform(_OUTPUT, products, x.dtype)
         y = jnp.stack([jnp.stack([a, b], axis=3), jnp.stack([c, d], axis=3)], axis=2)
         n, rows, _, columns, _, channels = y.shape
         y = y.reshape(n, 2 * rows, 2 * columns, channels)[:, :height, :width]
-        return lax.bitcast_convert_type(y, jnp.uint16) if y.dtype == jnp.bfloat16 else y
+        return _to_bits(y)
 
     def convolve_all(x: Array, kernels: Grid) -> Array:
-        y = lax.map(lambda x: convolve(x, kernels), _chunks(x, height * width))
-        return lax.bitcast_convert_type(y.reshape(-1, *y.shape[2:]), x.dtype)
+        n = _chunk_size(len(x), height * width)
+
+        def turn(i: Array, y: Array) -> Array:
+            part = convolve(_chunk(x, i, n), kernels)
+            return lax.dynamic_update_slice_in_dim(y, part, i * n, axis=0)
+
+        like = jax.eval_shape(convolve, x[:n], kernels)
+        y = jnp.zeros((len(x), *like.shape[1:]), like.dtype)
+        return lax.bitcast_convert_type(lax.fori_loop(0, len(x) // n, turn, y), x.dtype)
 
     return devices.per_device(convolve_all, (x,), kernels)
 
@@ -193,10 +202,12 @@ def _winograd_kernel_gradient(x: Array, dy: Array, pads: Pads) -> Array:
     size = dy.shape[1:3]
 
     def multiply(x: Array, dy: Array) -> Grid:
-        padded = _pad(dy, ((0, size[0] % 2), (0, size[1] % 2)))
+        # A row more than is read: without any padding XLA would slice dy anew, number by number,
+        # for each of the 16 transformed gradients.
+        padded = _pad(dy, ((0, 1 + (size[0] + 1) % 2), (0, size[1] % 2)))
         quarters = _windows(padded, (2, 2), (2, 2), _halves(size))
-        gradients = _transform(_transpose(_OUTPUT), quarters, jnp.float32)
-        tiles = _input_tiles(x, pads, size, jnp.float32)
+        gradients = _transform(_transpose(_OUTPUT), quarters, dy.dtype)
+        tiles = _input_tiles(x, pads, size, x.dtype)
         return jax.tree.map(_sum_over_pixels, *lax.optimization_barrier((tiles, gradients)))
 
     total = _sum_over_chunks(multiply, x, dy)
@@ -232,34 +243,47 @@ def _combine(factors: Sequence[float], arrays: Sequence[Array]) -> Array:
 
 
 def _sum_over_pixels(a: Array, b: Array) -> Float[Array, "a_channels b_channels"]:
-    """Contracts batch, height and width, in float32: XLA has no fast bfloat16 for this layout."""
-    pixels = (0, 1, 2)
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return lax.dot_general(a, b, ((pixels, pixels), ((), ())))
+    """Contracts batch, height and width, flattened first: of more axes XLA transposes copies."""
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _sum_over_chunks(function: Callable[[Array, Array], Any], x: Array, dy: Array) -> Any:
     """Returns the sum of function(x, dy), a tree, over chunks of the batch."""
 
     def sum_all(x: Array, dy: Array) -> Any:
-        n_pixels = dy.shape[1] * dy.shape[2]
-        chunks = _chunks(x, n_pixels), _chunks(dy, n_pixels)
-        like = jax.eval_shape(function, *(array[0] for array in chunks))
+        n = _chunk_size(len(x), dy.shape[1] * dy.shape[2])
+        like = jax.eval_shape(function, x[:n], dy[:n])
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
 
-        def add(total: Any, chunk: tuple[Array, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, function(*chunk)), None
+        def add(i: Array, total: Any) -> Any:
+            part = function(_chunk(x, i, n), _chunk(dy, i, n))
+            return jax.tree.map(jnp.add, total, part)
 
-        return lax.scan(add, zeros, chunks)[0]
+        return lax.fori_loop(0, len(x) // n, add, zeros)
 
     return devices.per_device(sum_all, (x, dy), total=True)
 
 
-def _chunks(batch: Array, n_pixels: int) -> Array:
-    """Splits a batch into [turns, images, ...] for a loop; an image has `n_pixels` outputs."""
-    limit = max(1, min(len(batch), _CHUNK_PIXELS // n_pixels))
-    n = next(n for n in range(limit, 0, -1) if len(batch) % n == 0)
-    return batch.reshape(-1, n, *batch.shape[1:])
+def _chunk_size(n_images: int, n_pixels: int) -> int:
+    """Returns the images of a loop's turn, a divisor of all; an image has `n_pixels` outputs."""
+    limit = max(1, min(n_images, _CHUNK_PIXELS // n_pixels))
+    return next(n for n in range(limit, 0, -1) if n_images % n == 0)
+
+
+def _chunk(batch: Array, i: Array, n: int) -> Array:
+    """Returns the n images of turn i. As scan's slices the images would be copied before it."""
+    part = lax.dynamic_slice_in_dim(_to_bits(batch), i * n, n)
+    return lax.bitcast_convert_type(part, batch.dtype)
+
+
+def _to_bits(x: Array) -> Array:
+    """Returns bfloat16 as uint16, to be moved or selected; other types as they are.
+
+    XLA's CPU backend would convert it to float32 and back, even all of an array to move a part, so
+    that a loop's time would grow with the square of the batch.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
 def _pad(x: Array, pads: Pads, value: float = 0.0, interior: Pair = (0, 0)) -> Array:
@@ -300,8 +324,8 @@ def dot_general(
 ) -> Float[Array, "*batch out"]:
     """Does what lax.dot_general does, for `nn.Dense(dot_general=...)`.
 
-    On a CPU a bfloat16 layer gets float32 gradients: XLA multiplies transposed bfloat16 matrices
-    by a plain loop, eight times slower, which it even repeats inside the optimizer.
+    On a CPU the products of a bfloat16 layer, also in its gradients, are float32 and then rounded:
+    XLA takes twice as long for products that are bfloat16, and for transposed ones eight times.
     """
     dense = (((lhs.ndim - 1,), (0,)), ((), ()))
     if lhs.dtype == rhs.dtype == jnp.bfloat16 and dimension_numbers == dense and on_cpu():
@@ -311,15 +335,18 @@ def dot_general(
 
 @jax.custom_vjp
 def _dense(x: Array, kernel: Array) -> Array:
-    return x @ kernel
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _dense_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel, dy = (a.astype(jnp.float32) for a in (*residuals, dy))
-    return (dy @ kernel.T).astype(jnp.bfloat16), (x.T @ dy).astype(jnp.bfloat16)
+    x, kernel = residuals
+    multiply = partial(lax.dot_general, preferred_element_type=jnp.float32)
+    dx = multiply(dy, kernel, (((1,), (1,)), ((), ())))
+    dkernel = multiply(x, dy, (((0,), (0,)), ((), ())))
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
-_dense.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _dense_backward)
+_dense.defvjp(lambda x, kernel: (_dense(x, kernel), (x, kernel)), _dense_backward)
 
 
 class Conv(nn.Module):
@@ -416,6 +443,8 @@ def _max_pool_backward(
 ) -> tuple[Array]:
     """Adds up, for each place in the window, dy where the maximum came from there."""
     place, like_x = residuals
+    if strides == window and pads == ((0, 0), (0, 0)):
+        return (_spread_over_windows(place, dy, window, like_x.shape[1:]),)
     between = (strides[0] - 1, strides[1] - 1)
     span = [(dy.shape[axis + 1] - 1) * strides[axis] + 1 for axis in (0, 1)]
     dx = []
@@ -429,6 +458,19 @@ def _max_pool_backward(
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _spread_over_windows(place: Array, dy: Array, window: Pair, size: Sequence[int]) -> Array:
+    """Returns dx where windows do not overlap: dy at the place of the maximum, 0 elsewhere."""
+    n, rows, columns, channels = dy.shape
+    places = jnp.arange(window[0] * window[1], dtype=place.dtype)
+    chosen = place.reshape(n, rows, 1, columns, 1, channels) == places.reshape(
+        1, 1, window[0], 1, window[1], 1
+    )
+    bits = _to_bits(dy).reshape(n, rows, 1, columns, 1, channels)
+    dx = lax.bitcast_convert_type(jnp.where(chosen, bits, jnp.zeros((), bits.dtype)), dy.dtype)
+    dx = dx.reshape(n, rows * window[0], columns * window[1], channels)
+    return _pad(dx, ((0, size[0] - dx.shape[1]), (0, size[1] - dx.shape[2])))
 
 
 def adaptive_average_pool(
