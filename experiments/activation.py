@@ -12,7 +12,7 @@ _HIGHER = (0.3, 1.0)  # Of the rates above none lets sigmoid learn.
 EXPERIMENT = Experiment(
     question="What does the activation function change?",
     variants={name: small(model={"activation": name}) for name in _NAMES},
-    figure=Bars(tuple(f"{layer} flat" for layer in _LAYERS)),
+    figure=Bars(("test_accuracy", *(f"{layer} flat" for layer in _LAYERS))),
     rates={"relu": _RATES, "tanh": _RATES, "sigmoid": _RATES + _HIGHER},
     columns=("optim.learning_rate", "test_accuracy", "train_accuracy", *_MEASURED),
     measured=_MEASURED,

@@ -10,6 +10,7 @@ EXPERIMENT = Experiment(
     variants={name: configs.get(name) for name in _NAMES},
     figure=Points("train_flops"),
     order=("airbench", *_NAMES[:-1]),
+    borrowed=_NAMES[:-1],
     columns=(
         "test_accuracy",
         "test_accuracy_plain",

@@ -13,7 +13,6 @@ EXPERIMENT = Experiment(
                 train={"batch_size": size}, optim={"learning_rate": 0.01 * size / 64}
             )
             for size in _SIZES
-            if size != 64  # which is the same run
         },
     },
     figure=AgainstField("train.batch_size", "batch size", logarithmic=True),

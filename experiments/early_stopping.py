@@ -13,7 +13,7 @@ EXPERIMENT = Experiment(
         for patience in _PATIENCE
     },
     figure=Bars(("test_accuracy", "train_accuracy")),
-    columns=("test_accuracy", "test_loss", "train_accuracy", "epochs", "best_epoch", "seconds"),
+    columns=("test_accuracy", "test_loss", "train_accuracy", "epochs_run", "best_epoch", "seconds"),
     note=SMALL + " Here there are at most 20 epochs, and 2,000 images are held out for validation "
     "in every variant. With patience, the parameters of the epoch of the best validation accuracy "
     "are tested; train accuracy is that of this epoch.",

@@ -28,7 +28,11 @@ def _without_norms(groups: Any) -> Any:
 
 _PHASES = configs.get("airbench").optim.phases
 _TRAINED_FIRST_LAYER = {"phases": (), "groups": ((".*norm./bias", 64.0), (".*", 1.0))}
-_ONE_RATE = {"phases": tuple((epoch, _without_norms(groups)) for epoch, groups in _PHASES)}
+# With the decay of the rest: that of BatchNorm's biases is as much smaller as their rate is larger.
+_ONE_RATE = {
+    "phases": tuple((epoch, _without_norms(groups)) for epoch, groups in _PHASES),
+    "decays": _without_norms(configs.get("airbench").optim.decays),
+}
 
 EXPERIMENT = Experiment(
     question="What is each part of the modern recipe worth?",
@@ -50,5 +54,5 @@ EXPERIMENT = Experiment(
     "of 256 at a quarter of its learning rate: 400 steps, where the whole recipe has 490. All "
     "10,000 test images are evaluated once, at the end. Without whitening the first layer starts "
     "as the others do and is trained; `random_flip` mirrors each image with probability 1/2 every "
-    "time; `one_rate` gives BatchNorm's biases the rate of the rest.",
+    "time; `one_rate` gives BatchNorm's biases the rate and the decay of the rest.",
 )

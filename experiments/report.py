@@ -19,6 +19,7 @@ _FORMATS = {
     "train_loss": (1, 3),
     "best_epoch": (1, 1),
     "epochs": (1, 1),
+    "epochs_run": (1, 1),
     "steps": (1, 0),
     "param_count": (1, 0),
     "flops_per_image": (1e-6, 1),
@@ -114,7 +115,8 @@ def _table(store: Store, final: dict[str, list[Run]], seeds: int) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for variant, wanted in final.items():
         found = [row for row in map(store.row, wanted) if row]
-        missing = f" of {seeds}, the others missing" if len(found) < seeds else ""
+        expected = len(wanted) or seeds  # None are known while its learning rate is not.
+        missing = f" of {expected}, the others missing" if len(found) < expected else ""
         cells = [variant, f"{len(found)}{missing}"]
         for column in experiment.columns:
             if "." in column:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -67,6 +68,10 @@ DERIVED: Mapping[str, Callable[[Row], float]] = {
 """Columns that follow from the others. Training an image is counted as three times classifying it,
 since the gradients by inputs and by kernels are products of the same size as the forward one."""
 
+EPOCHS_RUN = "epochs_run"
+"""Epochs until training stopped, where `epochs` says of which one the result is: the lines of the
+run's curve."""
+
 load_data = functools.lru_cache(maxsize=1)(data.load)
 """Experiments go through their variants one by one, and most share the images."""
 
@@ -90,7 +95,7 @@ class Run:
 
 
 def config_sha256(wanted: Config) -> str:
-    """Returns 16 hex digits that stand for all that a run depends on.
+    """Returns 16 hex digits that stand for all that a run depends on beside the code.
 
     Only values that are not the default's play a part, so a field that is added to the config
     later, with a default that changes nothing, makes no result void.
@@ -195,13 +200,12 @@ class Store:
 
     def find(self, run: Run) -> tuple[Row, list[Row]] | None:
         """Returns a run's row and its lines of the curve, or None if it is not done."""
-        if found := self._in_workdir(run):
-            return found
-        if (run.config.seed, run.sha256) not in self._committed:
+        key = run.config.seed, run.sha256
+        if not (found := self._in_workdir(run) or self._committed.get(key)):
             return None
-        row, curve = self._committed[run.config.seed, run.sha256]
-        identity = _identity(run)
-        return row | identity, [line | {"variant": run.variant} for line in curve]
+        row, curve = found
+        row = row | _identity(run) | {EPOCHS_RUN: len(curve)}
+        return row, [line | {"variant": run.variant} for line in curve]
 
     def row(self, run: Run) -> Row | None:
         """Returns a run's row, or None if it is not done."""
@@ -211,7 +215,10 @@ class Store:
     def runs(self, variant: str, seeds: int) -> tuple[list[Run], list[Run]]:
         """Returns the runs that tune a variant, and those of its seeds as far as known."""
         tuning = tuning_runs(self.experiment, variant)
-        return tuning, final_runs(self.experiment, variant, seeds, map(self.row, tuning))
+        final = final_runs(self.experiment, variant, seeds, map(self.row, tuning))
+        if variant in self.experiment.borrowed:
+            final = [run for run in final if self.row(run)] or final[:1]
+        return tuning, final
 
     def _in_workdir(self, run: Run) -> tuple[Row, list[Row]] | None:
         workdir = self.workdir(run)
@@ -274,7 +281,9 @@ def _summarize(experiment: Experiment, run: Run, workdir: Path) -> Row:
         trained = runs.load_trained(workdir, run.config)
         measured = experiment.measure(trained, load_data(run.config.data))
     surroundings = _surroundings(run, summary["device"], summary["versions"])
-    return {name: row[name] for name in COLUMNS} | measured | surroundings
+    row = {name: row[name] for name in COLUMNS} | measured | surroundings
+    infinite = [x for x, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    return row | dict.fromkeys(infinite)  # None, as CSV and JSON hold nothing else.
 
 
 def _curve(run: Run, workdir: Path) -> list[Row]:

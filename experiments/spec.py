@@ -67,12 +67,15 @@ class Experiment:
     `TUNING_FRACTION` of the images held out; that of the best accuracy on them is the variant's.
     """
     columns: tuple[str, ...] = ("test_accuracy", "train_accuracy")
-    """Of the table: columns of results.csv, `rows.DERIVED`, or dotted names of fields of the
-    config."""
+    """Of the table: columns of results.csv, `rows.DERIVED`, `rows.EPOCHS_RUN`, or dotted names of
+    fields of the config."""
     measured: tuple[str, ...] = ()
     """Names of the shares, in [0, 1], that `measure` takes from a trained network."""
     measure: Callable[..., dict[str, float]] | None = None
     """Of a `runs.TrainedModel` and its `data.ImageDataset`."""
+    borrowed: tuple[str, ...] = ()
+    """Variants of another experiment, shown beside this one's: with the seeds that it has reported,
+    or with seed 0."""
     watch_test: bool = False
     """Evaluate the test images after every epoch as well, for a curve: nothing is chosen by it."""
     reference: Mapping[str, float] = field(default_factory=dict)

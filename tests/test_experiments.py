@@ -199,7 +199,7 @@ def test_a_run_that_another_experiment_committed_counts(trained: Path, tmp_path:
     before = [r for r in rows.read_csv(trained / "results/results.csv") if r["epochs"] == 1]
     for wanted, as_one in zip(store.runs("short", 2)[1], before, strict=True):
         row, curve = store.find(wanted) or pytest.fail("lost")
-        assert row == as_one | {"variant": "short"}
+        assert row == as_one | {"variant": "short", rows.EPOCHS_RUN: 1}
         assert [(line["variant"], line["epoch"]) for line in curve] == [("short", 1)]
         assert curve[0]["test_accuracy"] == row["test_accuracy"]
     assert store.seeds == 0
@@ -265,6 +265,37 @@ TUNED = Experiment(
     rates={"a": (0.001, 0.05, 0.1, 1e38)},
     columns=("optim.learning_rate", "test_accuracy"),
 )
+
+
+def test_borrowed_variants_have_the_seeds_that_are_known(tmp_path: Path):
+    borrowing = replace(EXPERIMENT, borrowed=("two",), measured=(), measure=None, watch_test=False)
+    store = Store(borrowing, tmp_path / "runs", tmp_path / "none")
+    assert states(store, "two", 3) == ["missing"]
+    (tmp_path / "other").mkdir()
+    known = [row("two", seed, 0.5) for seed in (0, 2)]
+    rows.write_csv(tmp_path / "other/results.csv", known[0], known)
+    store = Store(borrowing, tmp_path / "runs", tmp_path / "none", [tmp_path / "other"])
+    assert [run.config.seed for run in store.runs("two", 3)[1]] == [0, 2]
+    assert [run.config.seed for run in store.runs("one", 3)[1]] == [0, 1, 2]
+    report.write("try", store, 3, tmp_path / "report")
+    text = (tmp_path / "report/results.md").read_text()
+    assert "| two | 2 | 50.0 ± 0.0 |" in text
+    assert "| one | 0 of 3, the others missing |" in text
+
+
+def test_epochs_run_are_those_until_training_stopped(tmp_path: Path):
+    """An early stop's result is that of a better epoch, which `epochs` names."""
+    stopped = row("two", 0, 0.5, epochs=1)
+    curve = [
+        {name: 0.5 for name in rows.CURVE} | {"variant": "two", "seed": 0, "epoch": i}
+        for i in (1, 2, 3)
+    ]
+    rows.write_csv(tmp_path / "results.csv", stopped, [stopped])
+    rows.write_csv(tmp_path / "curves.csv", curve[0], curve)
+    counting = replace(EXPERIMENT, columns=("epochs", rows.EPOCHS_RUN), measured=(), measure=None)
+    store = Store(counting, tmp_path / "runs", tmp_path)
+    report.write("try", store, 1, tmp_path / "report")
+    assert "| two | 1 | 1.0 | 3.0 | 80.0 |" in (tmp_path / "report/results.md").read_text()
 
 
 def test_a_rate_is_chosen_by_the_first_best_validation_accuracy():
@@ -495,6 +526,7 @@ def test_every_experiment_is_whole(name: str):
     assert experiment.seeds >= (1 if name == "chapter" else 3)
     assert isinstance(experiment.figure, Curves) == experiment.watch_test
     known = {*rows.COLUMNS, *rows.DERIVED, *experiment.measured, *configuration.flatten(Config())}
+    known.add(rows.EPOCHS_RUN)
     shown = set(experiment.columns)
     if isinstance(experiment.figure, Bars | AgainstMeasured):
         shown |= set(experiment.figure.columns)
@@ -505,7 +537,9 @@ def test_every_experiment_is_whole(name: str):
     assert shown <= known
     planned = [made for v in experiment.variants for made in rows.tuning_runs(experiment, v)]
     planned += [rows.Run(variant, made) for variant, made in experiment.variants.items()]
-    assert len({run.sha256 for run in planned}) == len({run.name for run in planned})
+    same = 1 if name == "batch_size" else 0  # Both of its lines go through one run.
+    assert len({run.sha256 for run in planned}) == len({run.name for run in planned}) - same
+    assert set(experiment.borrowed) <= set(experiment.variants)
     for wanted in planned:
         assert configuration.from_dict(configuration.to_dict(wanted.config)) == wanted.config
         assert wanted.config.data.name == "cifar10"
@@ -577,21 +611,33 @@ def test_rotations_turn_counter_clockwise_about_the_centre():
 
 
 def test_accuracies_of_changed_images_are_means_over_directions(dataset: ImageDataset):
-    """A network that says 1 where the first row of pixels is as it was, and else 0."""
-    first = dataset.test.images[:, 0]
+    """A network that says 1 where the first row of pixels is as it was, and else 0.
 
-    def logits(images: np.ndarray) -> np.ndarray:
-        same = (images[:, 0] == first).all(axis=(1, 2)).astype(int)
-        return np.eye(3)[same]
+    The images are the same along every row, so only shifts up and down change them. Turned by 90
+    degrees they differ in both directions, except for the first: it begins with a row of 0, and
+    its last column, which becomes its first row when it is turned one way, is made 0 as well.
+    """
+    images = np.broadcast_to(np.arange(32, dtype=np.uint8).reshape(1, 32, 1, 1), (10, 32, 32, 3))
+    images = images.copy()
+    turning = images.copy()
+    turning[0, :, -1] = 0
 
-    ones = replace(dataset, test=replace(dataset.test, labels=np.ones(10, np.int32)))
-    trained: Any = SimpleNamespace(logits=logits)
-    shifted = measures.shifted(trained, replace(ones, test=ones.test))
+    def accuracies(measure: Any, images: np.ndarray) -> dict[str, float]:
+        def logits(seen: np.ndarray) -> np.ndarray:
+            same = (seen[:, 0] == images[:, 0]).all(axis=(1, 2)).astype(int)
+            return np.eye(3)[same]
+
+        test = replace(dataset.test, images=images, labels=np.ones(10, np.int32))
+        trained: Any = SimpleNamespace(logits=logits)
+        return measure(trained, replace(dataset, test=test))
+
+    shifted = accuracies(measures.shifted, images)
     assert shifted["shift 0"] == 1.0
-    assert shifted["shift 1"] == 0.0
+    assert shifted["shift 1"] == 0.5
     assert list(shifted) == list(loaded("translation").measured)
-    rotated = measures.rotated(trained, ones)
-    assert (rotated["0 degrees"], rotated["90 degrees"]) == (1.0, 0.0)
+    rotated = accuracies(measures.rotated, turning)
+    assert rotated["0 degrees"] == 1.0
+    assert rotated["90 degrees"] == pytest.approx(0.05)
     assert list(rotated) == list(loaded("rotation").measured)
 
 
@@ -614,9 +660,14 @@ def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
     lines = plots.lines({"a": (np.array([2.0, 1.0]), values)}, x_label="x", y_label="y")
     (line,) = lines.axes[0].lines
     np.testing.assert_allclose(np.asarray(line.get_xydata()), [[1, 0.2], [2, 0.5]])
+    (band,) = lines.axes[0].collections
+    heights = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices}  # pyright: ignore
+    assert heights == {(1, 0.2), (2, 0.358579), (2, 0.641421)}, "0.5 and sqrt(0.02) each way"
     bars = plots.bars(["a", "b"], {"test": values, "train": values + 0.1})
     heights = [patch.get_height() for patch in bars.axes[0].patches]  # pyright: ignore
     np.testing.assert_allclose(heights, [0.5, 0.2, 0.6, 0.3])
+    (first, *_) = bars.axes[0].collections[0].get_segments()  # pyright: ignore
+    np.testing.assert_allclose(first, [[-0.2, 0.358579], [-0.2, 0.641421]], atol=1e-6)
     curves = plots.learning_curves({"a": (np.array([0.1, 0.2]), np.array([0.3, 0.4]))})
     for axes, expected in zip(curves.axes, ([0.1, 0.2], [0.3, 0.4]), strict=True):
         np.testing.assert_allclose(np.asarray(axes.lines[0].get_ydata()), expected)
