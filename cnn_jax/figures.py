@@ -8,7 +8,7 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
@@ -206,6 +206,8 @@ class Measured:
     loss: Array1
     accuracy: Array1
     """In [0, 1]."""
+    once: bool = field(default=False, kw_only=True)
+    """Whether it is a single point beside the curves of other parts."""
 
 
 def learning_curves(
@@ -215,7 +217,8 @@ def learning_curves(
     """Draws accuracy and loss of runs by epoch: a colour a run, a kind of line a part of the data.
 
     `histories` are measurements by run and by part, such as train and test; of a single run the
-    colours too tell parts. `steps` are the epochs and the losses of single steps, drawn faintly.
+    colours too tell parts. What was measured once, which has no line, is a large hollow marker.
+    `steps` are the epochs and the losses of single steps, drawn faintly.
     """
     parts = list(dict.fromkeys(part for history in histories.values() for part in history))
     single = len(histories) == 1
@@ -229,6 +232,8 @@ def learning_curves(
             style = {"color": COLORS[(kind if single else i) % len(COLORS)]}
             style |= {"linestyle": LINES[kind % len(LINES)]}
             style |= {"marker": MARKERS[(kind if single else i) % len(MARKERS)], "markersize": 4}
+            if measured.once:
+                style |= {"linestyle": "none", "markersize": 9, "fillstyle": "none"}
             label = part if single else f"{_plain(run, 24)}, {part}"
             axes[0].plot(measured.epochs, 100 * measured.accuracy, label=label, **style)
             axes[1].plot(measured.epochs, measured.loss, label=label, **style)
@@ -324,9 +329,13 @@ def heat_maps(
     images: UInt8[np.ndarray, "n height width 3"],
     names: Sequence[str],
     occlusion: Float[np.ndarray, "n rows columns"],
+    square: tuple[int, int],
     grad_cam: Float[np.ndarray, "n map_height map_width"],
 ) -> Figure:
-    """Draws images beside what their class rests on: see `saliency` for the two kinds of maps."""
+    """Draws images beside what their class rests on: see `saliency` for the two kinds of maps.
+
+    `square` is the side and the step of the square that was hidden, in pixels.
+    """
     figure = _figure(0.7 + 1.75 * len(images))
     axes = figure.subplots(len(images), 3, squeeze=False)
     limit = float(np.abs(occlusion).max()) or 1.0
@@ -340,7 +349,8 @@ def heat_maps(
             ax.set_yticks([])
         row[0].set_ylabel(_plain(name, 24), fontsize=9)
         shown = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "alpha": 0.8}
-        hidden = row[1].imshow(drops, extent=whole, **shown)
+        hidden = row[1].imshow(drops, extent=_extent(drops, *square), **shown)
+        row[1].set(xlim=whole[:2], ylim=whole[2:])
         shown = {"cmap": "viridis", "vmin": 0, "vmax": 1, "alpha": 0.6, "interpolation": "bilinear"}
         seen = row[2].imshow(cam / (cam.max() or 1.0), extent=whole, **shown)
         overlays = [hidden, seen]
@@ -367,22 +377,6 @@ def learning_rates(rates: Array1, losses: Array1, smoothed: Array1, suggested: f
     ax.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=limits)
     ax.grid(alpha=0.3)
     ax.legend(loc="upper left", fontsize=9)
-    return figure
-
-
-def bars(names: Sequence[str], means: Array1, stds: Array1, xlabel: str) -> Figure:
-    """Draws a horizontal bar for each name with its standard deviation, and both as numbers."""
-    figure = _figure(0.8 + 0.36 * len(names))
-    ax = figure.subplots()
-    places = np.arange(len(names))
-    ax.barh(places, means, xerr=stds, color=COLORS[5], edgecolor=COLORS[0], capsize=4, height=0.7)
-    for place, mean, std in zip(places.tolist(), means, stds, strict=True):
-        text = f" {mean:.4g} ± {std:.2g}"
-        ax.text(mean + std, place, text, va="center", fontsize=9)
-    ax.set_yticks(places, labels=[_plain(name, 28) for name in names])
-    ax.set(xlabel=xlabel, xlim=(0, 1.28 * float(np.max(means + stds))))
-    ax.invert_yaxis()
-    ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -437,6 +431,18 @@ def _write_numbers(
             continue
         color = "white" if dark is not None and dark[row, column] else "black"
         ax.text(column, row, str(value), ha="center", va="center", fontsize=size, color=color)
+
+
+def _extent(
+    drops: Float[np.ndarray, "rows columns"], side: int, step: int
+) -> tuple[float, float, float, float]:
+    """Returns left, right, bottom and top of cells that stand around their squares' centres.
+
+    Pixels have their centres at whole numbers, so the first square's is at (side - 1) / 2.
+    """
+    start = (side - 1 - step) / 2
+    rows, columns = drops.shape
+    return start, start + columns * step, start + rows * step, start
 
 
 def _tiles(images: np.ndarray, columns: int, gap: float) -> np.ndarray:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from cnn_jax import optim, train
 from cnn_jax.config import Config
+from cnn_jax.errors import UserError
 from cnn_jax.train import Recipe, TrainState
 
 LOWEST, HIGHEST = 1e-5, 10.0
@@ -102,11 +103,20 @@ def find(
     key: Key[Array, ""],
     n_steps: int,
 ) -> Found:
-    """Runs `sweep` with a recipe of `make_recipe`, and returns the steps before divergence."""
+    """Runs `sweep` with a recipe of `make_recipe`, and returns the steps before divergence.
+
+    Raises:
+        UserError: there are none, as the loss of the first step is not finite.
+    """
     n_run, losses, smoothed = jax.device_get(
         sweep(recipe, state, jnp.array(images), jnp.array(labels), key, n_steps)
     )
     finite = np.isfinite(losses[:n_run]) & np.isfinite(smoothed[:n_run])
+    if not finite.any():
+        raise UserError(
+            f"loss {losses[0]:g} at the first step, which no learning rate has changed: look at "
+            "data.mean, data.std and, if it is set, init.checkpoint"
+        )
     kept = slice(int(finite.sum()))
     rates = np.asarray(rising(np.arange(n_steps), n_steps))[kept]
     return Found(rates, losses[kept], smoothed[kept])

@@ -171,7 +171,7 @@ def _all_pictures(run: Run) -> Iterator[tuple[str, "Figure"]]:
     yield "samples", figures.samples(train.images, train.labels, names)
     image = test.images[run.explained[0]]
     yield "feature_maps", figures.feature_maps(image, _feature_maps(run))
-    yield "heat_maps", _heat_maps(run)
+    yield "heat_maps", heat_maps(run)
     images = figures.CHAPTER_IMAGE, figures.CHAPTER_KERNEL
     yield "convolution", figures.worked_convolution(*images)
     yield "activation_functions", figures.activation_functions()
@@ -188,7 +188,7 @@ def history(run: Run) -> "dict[str, Measured]":
         if lines:
             parts[part] = Measured(*map(np.array, columns))
     single = run.summary["epochs"], run.test.loss, run.test.accuracy
-    parts["test, once"] = Measured(*(np.array([value]) for value in single))
+    parts["test, once"] = Measured(*(np.array([value]) for value in single), once=True)
     return parts
 
 
@@ -218,19 +218,24 @@ def _feature_maps(run: Run) -> dict[str, np.ndarray]:
     return {name: maps[name] for name in np.array(list(maps))[kept].tolist()}
 
 
-def _heat_maps(run: Run) -> "Figure":
+def heat_maps(run: Run) -> "Figure":
+    """Draws what the likeliest class of each explained image rests on."""
     from cnn_jax import figures
 
     chosen = run.explained
     images = run.dataset.test.images[chosen]
     layer = [name for name, given in run.layer_inputs.items() if given.ndim == 4][-1]
-    occluded = [saliency.occlusion(run.model, run.variables, x, **run.scaling) for x in images]
-    cam = saliency.grad_cam(run.model, run.variables, images, layer, **run.scaling)
+    # Of the probabilities and not of the image alone, as they may be averages over several views.
     probabilities = run.probabilities[chosen]
-    names = [
-        f"{run.dataset.class_names[int(row.argmax())]}, {row.max():.1%}" for row in probabilities
-    ]
-    return figures.heat_maps(images, names, np.stack(occluded), np.asarray(cam))
+    targets = probabilities.argmax(axis=1)
+    network = run.model, run.variables
+    pairs = zip(images, targets.tolist(), strict=True)
+    occluded = [saliency.occlusion(*network, image, k, **run.scaling) for image, k in pairs]
+    cam = saliency.grad_cam(*network, images, targets, layer, **run.scaling)
+    shares = zip(targets.tolist(), probabilities.max(axis=1), strict=True)
+    names = [f"{run.dataset.class_names[target]}, {share:.1%}" for target, share in shares]
+    square = saliency.square(*images.shape[1:3])
+    return figures.heat_maps(images, names, np.stack(occluded), square, np.asarray(cam))
 
 
 def command(run_config: config.Config) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from cnn_jax import figures, models
+from cnn_jax import figures, models, saliency
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
 LABELS = np.array([0, 1, 2, 0, 1, 2], np.int32)
@@ -155,6 +155,19 @@ def test_curves_tell_parts_and_runs_apart_without_colours():
     np.testing.assert_array_equal(loss.lines[0].get_ydata(), steps[1])
 
 
+def test_what_was_measured_once_is_a_larger_hollow_marker():
+    """Of several runs it has its run's colour and kind of marker, as the curves do."""
+    values = np.array([0.5])
+    once = figures.Measured(values, values, values, once=True)
+    parts = {"validation": figures.Measured(values, values, values), "test, once": once}
+    for ax in figures.learning_curves({"a": parts, "b": parts}).axes:
+        curve, point, _, other = ax.lines
+        assert curve.get_color() == point.get_color() != other.get_color()
+        assert curve.get_marker() == point.get_marker() != other.get_marker()
+        assert (curve.get_fillstyle(), point.get_fillstyle()) == ("full", "none")
+        assert (curve.get_markersize(), point.get_markersize()) == (4, 9)
+
+
 def test_the_confusion_matrix_holds_its_counts():
     counts = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]])
     ax, _ = figures.confusion(counts, ("cat", "dog", "owl")).axes
@@ -188,7 +201,7 @@ def test_feature_maps_show_the_most_active_of_each_layer():
 def test_heat_maps_stand_beside_their_images():
     drops, cam = np.zeros((2, 3, 3)), np.zeros((2, 4, 4))
     drops[0, 1, 1], cam[1, 2, 2] = -3, 5
-    figure = figures.heat_maps(IMAGES[:2], ["cat, 90%", "dog, 80%"], drops, cam)
+    figure = figures.heat_maps(IMAGES[:2], ["cat, 90%", "dog, 80%"], drops, (4, 2), cam)
     left, middle, right = figure.axes[3:6]
     assert left.get_ylabel() == "dog, 80%"
     np.testing.assert_array_equal(pixels(left), IMAGES[1])
@@ -196,7 +209,23 @@ def test_heat_maps_stand_beside_their_images():
     assert middle.images[1].get_clim() == (-3, 3)
     labels = [bar.get_xlabel() for bar in figure.axes[6:]]
     assert labels == ["logit lost where hidden", "Grad-CAM, of the largest"]
-    assert width(figures.png(figures.heat_maps(IMAGES[:1], ["a"], drops[1:], cam[:1]))) == 960
+    single = figures.heat_maps(IMAGES[:1], ["a"], drops[1:], (4, 2), cam[:1])
+    assert width(figures.png(single)) == 960
+
+
+def test_cells_lie_around_the_centres_of_the_squares_that_were_hidden():
+    """Squares of 4 pixels, every 2, the first centred at 1.5; column 18 was never hidden."""
+    image, drops, cam = np.zeros((16, 19, 3), np.uint8), np.zeros((7, 8)), np.zeros((4, 4))
+    assert saliency.square(16, 19) == (4, 2)
+    figure = figures.heat_maps(image[None], ["a"], drops[None], (4, 2), cam[None])
+    _, middle, right, *_ = figure.axes
+    left, after, bottom, top = middle.images[1].get_extent()
+    columns, rows = np.linspace(left, after, 17)[1::2], np.linspace(top, bottom, 15)[1::2]
+    np.testing.assert_allclose(columns, [1.5, 3.5, 5.5, 7.5, 9.5, 11.5, 13.5, 15.5])
+    np.testing.assert_allclose(rows, [1.5, 3.5, 5.5, 7.5, 9.5, 11.5, 13.5])
+    np.testing.assert_array_equal(right.images[1].get_extent(), (-0.5, 18.5, 15.5, -0.5))
+    for ax in (middle, right):
+        assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, 18.5), (15.5, -0.5))
 
 
 def test_the_finders_curve_marks_what_it_suggests():
@@ -208,12 +237,8 @@ def test_the_finders_curve_marks_what_it_suggests():
     np.testing.assert_array_equal(ax.lines[2].get_xdata(), [0.01, 0.01])
 
 
-def test_bars_and_lines_show_means_with_their_spread():
+def test_lines_show_means_with_their_spread():
     means, stds = np.array([60.0, 50.0]), np.array([1.5, 0.25])
-    (ax,) = figures.bars(["svm", "mlp"], means, stds, "test accuracy (%)").axes
-    assert texts(ax) == [" 60 ± 1.5", " 50 ± 0.25"]
-    assert ticks(ax)[1] == ["svm", "mlp"]
-    assert [bar.get_width() for bar in ax.patches] == [60, 50]  # pyright: ignore
     x = np.array([20.0, 100.0])
     methods = {f"method {i}": (means + i, stds) for i in range(9)}
     (ax,) = figures.lines(x, methods, "images a class", "accuracy (%)", "log").axes

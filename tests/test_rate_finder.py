@@ -11,6 +11,7 @@ from test_train import edit
 from cnn_jax import rate_finder, train
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
+from cnn_jax.errors import UserError
 
 
 def small(config: Config) -> Config:
@@ -95,6 +96,16 @@ def test_a_loss_that_is_not_finite_ends_it_and_is_left_out(tiny: Config, dataset
     found = rate_finder.find(broken, state, images, labels, key, 22)
     assert len(found.losses) == first
     np.testing.assert_array_equal(found.losses, losses[:first])
+
+
+def test_a_first_loss_that_is_not_finite_is_one_line(tiny: Config, dataset: ImageDataset):
+    config = edit(small(tiny), data={"std": (1e-38, 1e-38, 1e-38)})
+    said = (
+        r"loss \S+ at the first step, which no learning rate has changed: look at data.mean, "
+        r"data.std and, if it is set, init.checkpoint"
+    )
+    with pytest.raises(UserError, match=f"^{said}$"):
+        find(config, dataset, 3)
 
 
 def test_a_tenth_of_the_best_rate_is_suggested():

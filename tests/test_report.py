@@ -4,7 +4,9 @@ import base64
 import json
 import re
 import shlex
+import shutil
 import struct
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,15 +18,18 @@ import numpy as np
 import pytest
 from processes import finish, refuse
 from test_faults import fill, mounted
+from test_figures import pixels
 from test_main import SMALL
 from test_train import edit, quiet
 
 from cnn_jax import config as configuration
-from cnn_jax import configs, evaluate, loop, losses, models, report, runs
+from cnn_jax import configs, evaluate, loop, losses, models, report, runs, saliency
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), "")
 STRANGE = ('<script>alert("1")</script>', "a&b'$x$", "\udcff\n\u202e")
 
 
@@ -120,6 +125,37 @@ def test_the_page_says_what_was_run_and_asks_for_nothing(
         assert said in page.text
 
 
+# Decodes each picture of the page, and says how wide it is where the browser says what it blocks.
+VIEWER = """<!DOCTYPE html>
+<iframe src="report.html"></iframe>
+<script>
+const width = (image) => createImageBitmap(image).then((bitmap) => bitmap.width, () => "broken");
+window.onload = async () => {
+  const images = [...frames[0].document.images];
+  const widths = await Promise.all(images.map(width));
+  console.log(images.map((image, i) => `${image.alt}: ${widths[i]}`).join(", "));
+};
+</script>
+"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="the system has no Chromium")
+def test_a_browser_shows_every_picture_and_blocks_nothing(
+    tiny: Config, dataset: ImageDataset, logits: np.ndarray, tmp_path: Path
+):
+    report.write(tmp_path, ended(tiny, dataset, logits))
+    (tmp_path / "viewer.html").write_text(VIEWER)
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    flags += "--disable-background-networking --disable-component-update --enable-logging=stderr "
+    flags += "--allow-file-access-from-files --virtual-time-budget=10000 --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    command.append((tmp_path / "viewer.html").as_uri())
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    told = re.findall(r'CONSOLE.*?\] "(.*)", source: ', ran.stderr)
+    shown = ("learning curves", "confusion", "mistakes", "filters first")
+    assert told == [", ".join(f"{name}: 960" for name in shown)]
+
+
 def test_strangers_words_do_nothing(tiny: Config, dataset: ImageDataset, logits: np.ndarray):
     files = tuple(f"{i}<b>\x1b&\udcff.png" for i in range(10))
     strange = replace(
@@ -153,9 +189,33 @@ def test_curves_are_those_of_the_metrics(tiny: Config, dataset: ImageDataset, lo
     np.testing.assert_allclose(drawn["train"].get_xydata(), [[1, 0.75], [2, 0.5]])
     np.testing.assert_allclose(drawn["validation"].get_xydata(), [[1, 1], [2, 1]])
     np.testing.assert_allclose(drawn["test, once"].get_xydata(), [[2, run.test.loss]])
+    assert [line.get_fillstyle() for line in drawn.values()] == ["full", "full", "full", "none"]
     steps = [[1 / 3, 1], [2 / 3, 1 / 2], [1, 1 / 3], [4 / 3, 1 / 4], [2, 1 / 6]]
     np.testing.assert_allclose(drawn["single steps"].get_xydata(), steps)
     np.testing.assert_allclose(accuracy.lines[2].get_ydata(), [80])
+
+
+def test_heat_maps_explain_the_class_that_they_name(
+    tiny: Config, dataset: ImageDataset, logits: np.ndarray
+):
+    """Also where the image alone, without the views that are averaged, is another class."""
+    run = ended(tiny, dataset, logits)
+    images = dataset.test.images[run.explained]
+    alone = evaluate.logits(run.model, run.variables, images, **run.scaling, test_time="none")
+    targets = dataset.test.labels[run.explained]
+    assert np.any(alone.argmax(axis=1) != targets)
+    axes = report.heat_maps(run).axes
+    cams = saliency.grad_cam(
+        run.model, run.variables, images, targets, "block2/pool", **run.scaling
+    )
+    for row, image, target, cam in zip(range(3), images, targets.tolist(), cams, strict=True):
+        left, middle, right = axes[3 * row : 3 * row + 3]
+        assert left.get_ylabel().startswith(f"{dataset.class_names[target]}, ")
+        drops = saliency.occlusion(run.model, run.variables, image, target, **run.scaling)
+        np.testing.assert_allclose(pixels(middle, 1), drops, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(pixels(right, 1), cam / (cam.max() or 1), rtol=1e-5, atol=1e-7)
+        # Squares of 2 pixels, at every pixel.
+        np.testing.assert_array_equal(middle.images[1].get_extent(), (0, 7, 7, 0))
 
 
 def test_many_steps_are_averaged(tiny: Config, dataset: ImageDataset, logits: np.ndarray):

@@ -25,16 +25,32 @@ def watching(row: int, column: int) -> dict:
 
 def test_occlusion_is_what_a_hidden_square_costs():
     """Squares of 4 pixels, every 2: gray is 128 / 255 of what it hides."""
-    found = saliency.occlusion(MODEL, watching(0, 7), CORNER[0], **UNIT)
+    found = saliency.occlusion(MODEL, watching(0, 7), CORNER[0], 1, **UNIT)
     assert found.shape == (7, 7)
     expected = np.zeros((7, 7))
     expected[0, 6] = 8 * (1 - 128 / 255)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_maps_explain_the_class_that_is_asked_for():
+    """Class 1 wins by the upper right corner, and class 0 rests on the lower left one."""
+    variables = watching(0, 7)
+    variables["params"]["head"]["kernel"] += watching(7, 0)["params"]["head"]["kernel"][:, ::-1] / 2
+    image = CORNER[0] + CORNER[0, ::-1, ::-1]
+    assert np.asarray(MODEL.apply(variables, jnp.float32(image[None]) / 255)).argmax() == 1
+    drops = saliency.occlusion(MODEL, variables, image, 0, **UNIT)
+    expected = np.zeros((7, 7))
+    expected[6, 0] = 4 * (1 - 128 / 255)
+    np.testing.assert_allclose(drops, expected, atol=1e-5)
+    images = np.stack([image, image])
+    cam = saliency.grad_cam(MODEL, variables, images, np.array([0, 1]), "pool", **UNIT)
+    reds = np.float32(image[..., 0] == 255) / 256
+    np.testing.assert_allclose(cam, [4 * reds, 8 * reds], atol=1e-6)
+
+
 def test_grad_cam_is_the_sum_of_maps_weighted_by_their_mean_slope():
     variables = watching(0, 7)
-    found = saliency.grad_cam(MODEL, variables, CORNER, "pool", **UNIT)
+    found = saliency.grad_cam(MODEL, variables, CORNER, np.array([1]), "pool", **UNIT)
     assert found.shape == (1, 16, 16)
     # The first map alone counts, by 8 / (16 * 16): the slope of one of its pixels.
     expected = np.float32(CORNER[..., 0] == 255) * 8 / 256
@@ -54,10 +70,10 @@ def test_grad_cam_equals_its_definition_on_a_random_network():
         with models.LayerCache("block2/pool", (8, 8, 3)).replacing(maps) as placeholders:
             return model.apply(variables, placeholders)
 
-    winner = np.asarray(logits(jnp.float32(maps))).argmax(axis=1)
+    targets = np.asarray(logits(jnp.float32(maps))).argmax(axis=1)
 
     def logit(maps: np.ndarray) -> np.ndarray:
-        return np.asarray(logits(jnp.float32(maps)))[np.arange(2), winner]
+        return np.asarray(logits(jnp.float32(maps)))[np.arange(2), targets]
 
     weights = np.zeros((2, 5))
     for channel in range(5):  # The mean slope, by a central difference of the whole map.
@@ -67,5 +83,5 @@ def test_grad_cam_equals_its_definition_on_a_random_network():
     sums = np.einsum("nc,nhwc->nhw", weights, maps)
     assert sums.max() > 0.01 and sums.min() < -0.01
     expected = np.maximum(sums, 0)
-    found = saliency.grad_cam(model, variables, images, "block2/pool", **UNIT)
+    found = saliency.grad_cam(model, variables, images, targets, "block2/pool", **UNIT)
     np.testing.assert_allclose(found, expected, atol=2e-3 * expected.max())
