@@ -3,9 +3,8 @@
 python -m experiments.run NAME (list | run | report) [--only=PATTERN] [--seeds=N] [--runs=DIR]
 
 `run` trains or resumes what is neither in experiments/results nor finished in DIR/NAME;
-`report` writes what is known to experiments/results/NAME. NAME is one of chapter, airbench,
-recipe, activation, augmentation, batch_size, depth, dropout, early_stopping, initialisation, loss,
-optimizer, pooling, rotation and translation.
+`report` writes what is known to experiments/results/NAME. NAME is a file of this folder that has an
+EXPERIMENT, such as chapter, airbench or dropout.
 """
 
 import importlib
@@ -18,25 +17,12 @@ from cnn_jax import command
 from cnn_jax.config import nearest
 from cnn_jax.errors import UserError
 
-EXPERIMENTS = (
-    "chapter",
-    "airbench",
-    "recipe",
-    "activation",
-    "augmentation",
-    "batch_size",
-    "depth",
-    "dropout",
-    "early_stopping",
-    "initialisation",
-    "loss",
-    "optimizer",
-    "pooling",
-    "rotation",
-    "translation",
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+EXPERIMENTS = tuple(
+    sorted(path.stem for path in FOLDER.glob("*.py") if "\nEXPERIMENT = " in path.read_text())
 )
 COMMANDS = ("list", "run", "report")
-RESULTS = Path(__file__).parent / "results"
 
 _ONLY = flags.DEFINE_string("only", "*", "Variants to list or run: a pattern such as 'vgg*'.")
 _SEEDS = flags.DEFINE_integer("seeds", None, "Seeds of each variant: 0, 1, ...", lower_bound=1)
