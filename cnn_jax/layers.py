@@ -202,9 +202,9 @@ def _winograd_kernel_gradient(x: Array, dy: Array, pads: Pads) -> Array:
     size = dy.shape[1:3]
 
     def multiply(x: Array, dy: Array) -> Grid:
-        # A row more than is read: without any padding XLA would slice dy anew, number by number,
-        # for each of the 16 transformed gradients.
-        padded = _pad(dy, ((0, 1 + (size[0] + 1) % 2), (0, size[1] % 2)))
+        # Rows are padded also where it need not be: without it XLA would slice dy anew, number by
+        # number, for each of the 16 transformed gradients.
+        padded = _pad(dy, ((0, 2 - size[0] % 2), (0, size[1] % 2)))
         quarters = _windows(padded, (2, 2), (2, 2), _halves(size))
         gradients = _transform(_transpose(_OUTPUT), quarters, dy.dtype)
         tiles = _input_tiles(x, pads, size, x.dtype)
