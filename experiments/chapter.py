@@ -36,9 +36,9 @@ EXPERIMENT = Experiment(
         "vgg_dropout": 0.80,
         "vgg_dropout_30": 0.80,
     },
-    note="Images/s and seconds are not to be compared: two cores trained `simple_cnn`, one core, with "
-    "other work beside it, the others, and the seconds of `vgg_dropout` include hours in which it was "
-    "suspended. The chapter does not say whether its 80% with dropout are those of 10 epochs, as its "
-    "listing trains, or of 30, as the Keras twin of that listing does; so both are run. Train "
-    "accuracy is the mean over the last epoch's steps, with dropout on.",
+    note="Images/s and seconds are not to be compared: two cores trained `simple_cnn`, one core, "
+    "with other work beside it, the others, and the seconds of `vgg_dropout` include hours in "
+    "which it was suspended. The chapter does not say whether its 80% with dropout are those of 10 "
+    "epochs, as its listing trains, or of 30, as the Keras twin of that listing does; so both are "
+    "run. Train accuracy is the mean over the last epoch's steps, with dropout on.",
 )
