@@ -466,7 +466,10 @@ def test_the_command_lists_runs_and_reports(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["chaptre", "list"], "unknown experiment chaptre (did you mean chapter?); known: chapter"),
+        (
+            ["chaptre", "list"],
+            "unknown experiment chaptre (did you mean chapter?); known: activation, a",
+        ),
         (["chapter", "rnu"], "rnu: expected list|run|report (did you mean run?)"),
         (["chapter"], "expected NAME and one of list|run|report"),
     ],
