@@ -134,28 +134,29 @@ def gather(array: jax.Array) -> jax.Array:
 
 
 def per_device(
-    function: Callable[..., Any], batches: Sequence[jax.Array], *whole: Any, total: bool = False
-) -> Any:
+    function: Callable[..., tuple[Any, Any]], batches: Sequence[Any], *whole: Any
+) -> tuple[Any, Any]:
     """Inside a compiled function: returns function(*batches, *whole), computed by shares.
 
-    Each device runs the function on its share of the batches' first axis. What the devices return
-    is joined along that axis or, with `total`, summed. XLA divides most operations by itself, but
-    not a loop over a batch's parts: of that every device would run all.
+    Each device runs the function on its share of the batches' first axis. It returns two trees of
+    arrays: the devices' first ones are joined along that axis, and the second ones summed. XLA
+    divides most operations by itself, but not a loop over a batch's parts: of that every device
+    would run all.
     """
     n = jax.device_count()
     if n == 1 or len(batches[0]) % n:
         return function(*batches, *whole)
 
-    def share(*args: Any) -> Any:
-        result = function(*args)
-        return jax.lax.psum(result, "data") if total else result
+    def share(*args: Any) -> tuple[Any, Any]:
+        joined, terms = function(*args)
+        return joined, jax.lax.psum(terms, "data")
 
     everywhere, divided = PartitionSpec(), PartitionSpec("data")
     return jax.shard_map(
         share,
         mesh=_mesh(),
         in_specs=(divided,) * len(batches) + (everywhere,) * len(whole),
-        out_specs=everywhere if total else divided,
+        out_specs=(divided, everywhere),
         check_vma=False,  # It wants the zeros that a loop starts from declared as divided.
     )(*batches, *whole)
 

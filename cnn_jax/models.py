@@ -111,15 +111,28 @@ def _dense(width: int, initializer: str, dtype: Any, name: str) -> nn.Dense:
 
 
 def _convolve_and_pool(
-    x: Array, widths: tuple[int, ...], activation: str, dtype: Any, pooling: str, initializer: str
+    x: Array,
+    widths: tuple[int, ...],
+    activation: str,
+    dtype: Any,
+    pooling: str,
+    initializer: str,
+    train: bool,
 ) -> Array:
-    """Runs `conv1`, `conv2`, ... and `pool` in the module that calls it, and halves the side."""
+    """Runs `conv1`, `conv2`, ... and `pool` in the module that calls it, and halves the side.
+
+    In training `conv1`, ... do at once what otherwise follows them as layers that can be looked at.
+    """
+    relu = train and activation == "relu"
+    pool = relu and pooling == "max"
     for i, width in enumerate(widths, start=1):
-        stride = 2 if pooling == "stride" and i == len(widths) else 1
+        last = i == len(widths)
+        stride = 2 if pooling == "stride" and last else 1
         convolution = _convolution(width, stride, initializer, dtype, f"conv{i}")
-        x = ACTIVATIONS[activation](convolution(x))
+        x = convolution(x, relu=relu, pool=pool and last)
+        x = x if relu else ACTIVATIONS[activation](x)
     pools = {"max": layers.MaxPool, "average": layers.AveragePool}
-    return pools[pooling](name="pool")(x) if pooling in pools else x
+    return pools[pooling](name="pool")(x) if pooling in pools and not pool else x
 
 
 class Classifier(nn.Module):
@@ -159,7 +172,7 @@ class SimpleCNN(Classifier):
     ) -> Float[Array, "batch classes"]:
         """Returns logits; `train` turns dropout on and needs a "dropout" key."""
         x = images.astype(self.dtype)
-        settings = self.activation, self.dtype, self.pooling, self.initializer
+        settings = self.activation, self.dtype, self.pooling, self.initializer, train
         return self.classify(_convolve_and_pool(x, self.widths, *settings), train)
 
 
@@ -178,9 +191,9 @@ class VGGBlock(Block):
     initializer: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> Array:
+    def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Array:
         """Returns feature maps of half the height and width, rounded down; up by a stride."""
-        settings = self.activation, self.dtype, self.pooling, self.initializer
+        settings = self.activation, self.dtype, self.pooling, self.initializer, train
         return _convolve_and_pool(x, self.widths, *settings)
 
 
@@ -200,7 +213,7 @@ class VGG(Classifier):
         x = images.astype(self.dtype)
         settings = self.activation, self.dtype, self.pooling, self.initializer
         for i, widths in enumerate(self.blocks, start=1):
-            x = VGGBlock(widths, *settings, name=f"block{i}")(x)
+            x = VGGBlock(widths, *settings, name=f"block{i}")(x, train)
         if self.grid:
             x = layers.adaptive_average_pool(x, self.grid)
         return self.classify(x, train)
@@ -238,8 +251,8 @@ class AirbenchGroup(Block):
                 dtype=self.dtype,
                 kernel_init=partial_identity,
                 name=f"conv{i}",
-            )(x)
-            if i == 1:
+            )(x, pool=train and i == 1)
+            if i == 1 and not train:
                 x = layers.MaxPool(name="pool")(x)
             x = nn.BatchNorm(
                 use_running_average=not train,

@@ -130,6 +130,7 @@ def test_other_platforms_keep_the_functions_of_lax(monkeypatch):
 
     def program() -> str:
         def network(x):
+            x = layers.conv_relu_pool(x, kernel, kernel[0, 0, 0], relu=True, pool=True)
             return layers.max_pool(fast_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2))
 
         return str(jax.make_jaxpr(network)(x))
@@ -175,6 +176,86 @@ def test_bias_of_bfloat16_has_a_gradient_summed_in_float32():
     np.testing.assert_allclose(np.asarray(gradient, np.float64), exact, rtol=2**-8, atol=0.01)
     program = jax.jit(pullback).lower(dy).compile().as_text()
     assert "reduce" in program and "reduce-window" not in program
+
+
+def separate_layers(x, kernel, bias, relu: bool, pool: bool) -> jax.Array:
+    y = plain_conv(x, kernel, (1, 1), "SAME")
+    y = y if bias is None else y + bias.reshape(1, 1, 1, -1)
+    y = nn.relu(y) if relu else y
+    return nn.max_pool(y, (2, 2), (2, 2)) if pool else y
+
+
+@pytest.mark.parametrize(("relu", "pool"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("n", "size", "n_in", "n_out"),
+    [
+        (5, (8, 8), 16, 24),
+        (3, (7, 10), 17, 18),
+        (4, (32, 32), 16, 16),  # In several turns.
+        (10, (32, 32), 3, 16),
+        (3, (9, 8), 3, 10),
+    ],
+)
+def test_conv_with_relu_and_pool_is_what_the_layers_are_one_by_one(
+    n, size, n_in, n_out, relu, pool
+):
+    x, kernel, bias = normal(0, n, *size, n_in), normal(1, 3, 3, n_in, n_out), normal(2, n_out)
+    # Of whole numbers, which both compute exactly, so that windows hold the same ties.
+    whole = [jnp.round(array) for array in (x, kernel, bias)]
+    ours = value_and_gradients(
+        lambda *args: layers.conv_relu_pool(*args, relu=relu, pool=pool), *whole
+    )
+    plain = value_and_gradients(lambda *args: separate_layers(*args, relu, pool), *whole)
+    np.testing.assert_array_equal(ours[0], plain[0])
+    for actual, expected in zip(ours, plain, strict=True):
+        assert_close(actual, expected, 2e-6)
+
+
+def test_conv_with_relu_and_pool_needs_no_bias():
+    x, kernel = normal(0, 3, 6, 8, 16), normal(1, 3, 3, 16, 16)
+    ours = value_and_gradients(
+        lambda *args: layers.conv_relu_pool(*args, relu=True, pool=True), x, kernel
+    )
+    plain = value_and_gradients(lambda *args: separate_layers(*args, None, True, True), x, kernel)
+    for actual, expected in zip(ours, plain, strict=True):
+        assert_close(actual, expected, 2e-6)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("n_in", [3, 16])
+def test_conv_with_relu_and_pool_of_bfloat16_is_as_exact_as_its_format(n_in: int, pool: bool):
+    arrays = normal(0, 6, 8, 8, n_in), normal(1, 3, 3, n_in, 16), normal(2, 16)
+    low = [a.astype(jnp.bfloat16) for a in arrays]
+    ours = value_and_gradients(
+        lambda *args: layers.conv_relu_pool(*args, relu=True, pool=pool), *low
+    )
+
+    def one_by_one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        y = layers.add_bias(fast_conv(x, kernel, (1, 1), "SAME"), bias)
+        return layers.max_pool(nn.relu(y), (2, 2), (2, 2)) if pool else nn.relu(y)
+
+    # Not with float32, by which windows that hold a tie in bfloat16 would have one maximum.
+    for actual, expected in zip(ours, value_and_gradients(one_by_one, *low), strict=True):
+        assert actual.dtype == jnp.bfloat16
+        assert_close(actual.astype(jnp.float32), expected.astype(jnp.float32), 2**-6)
+
+
+def test_the_loops_with_relu_and_pool_move_the_bits_of_bfloat16_and_multiply_what_is_needed():
+    x, kernel, bias = normal(0, 8, 32, 32, 16), normal(1, 3, 3, 16, 16), normal(2, 16)
+    x, kernel, bias = (array.astype(jnp.bfloat16) for array in (x, kernel, bias))
+
+    def loss(*args: jax.Array) -> jax.Array:
+        return jnp.sum(layers.conv_relu_pool(*args, relu=True, pool=True).astype(jnp.float32))
+
+    def program(argnums: int | tuple[int, ...]) -> str:
+        return jax.jit(jax.grad(loss, argnums)).lower(x, kernel, bias).compile().as_text()
+
+    both = program((0, 1, 2))
+    assert re.findall(r"(\w+)\[8,32,32,16\]\S* dynamic-update-slice", both) == ["u16"]
+    assert "f32[8,32,32,16]" not in both and "f32[8,16,16,16]" not in both
+    assert len(re.findall(r" dot\(", both)) == 3 * 16
+    for alone in (0, 1):  # The loop leaves out what nobody reads.
+        assert len(re.findall(r" dot\(", program(alone))) == 2 * 16
 
 
 POOLS = list(

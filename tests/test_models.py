@@ -186,12 +186,27 @@ def by_hand(params: dict, images: np.ndarray, activation) -> np.ndarray:
         ("sigmoid", lambda x: 1 / (1 + np.exp(-x))),
     ],
 )
-def test_forward_equals_the_network_written_out(name, function):
+@pytest.mark.parametrize("train", [False, True])
+def test_forward_equals_the_network_written_out(name, function, train: bool):
     config = ModelConfig(name="vgg", blocks=SMALL.blocks, dense=SMALL.dense, activation=name)
     model = models.build(config, 10)
     variables = model.init(jax.random.key(0), IMAGES)
     expected = by_hand(variables["params"], np.asarray(IMAGES), function)
-    np.testing.assert_allclose(model.apply(variables, IMAGES), expected, atol=2e-6)
+    found = model.apply(variables, IMAGES, train=train)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("pooling", "at_once"), [("max", 3), ("average", 3), ("stride", 1)])
+def test_training_computes_at_once_what_evaluation_does_layer_by_layer(pooling: str, at_once: int):
+    config = ModelConfig(name="vgg", blocks=((16, 16), (16,)), dense=(16,), pooling=pooling)
+    model = models.build(config, 10)
+    images = jax.random.normal(jax.random.key(2), (2, 8, 8, 16))
+    variables = model.init(jax.random.key(0), images)
+    plain = model.apply(variables, images)
+    np.testing.assert_allclose(model.apply(variables, images, train=True), plain, atol=1e-6)
+    program = str(jax.make_jaxpr(lambda x: model.apply(variables, x, train=True))(images))
+    assert program.count("name=conv_relu_pool") == at_once
+    assert "name=max_pool" not in program
 
 
 def test_dropout_acts_in_training_only_and_follows_its_key():
