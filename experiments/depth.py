@@ -1,6 +1,6 @@
 """More convolutions a block, and more blocks."""
 
-from experiments.spec import SMALL, Bars, Experiment, small
+from experiments.spec import SMALL, Dots, Experiment, small
 
 _WIDTHS = (16, 32, 64)
 
@@ -13,7 +13,7 @@ EXPERIMENT = Experiment(
         for n_blocks in (1, 2, 3)
         for n_convs in (1, 2)
     },
-    figure=Bars(),
+    figure=Dots(),
     columns=("test_accuracy", "train_accuracy", "param_count", "flops_per_image", "seconds"),
     note=SMALL + " Here there are one to three such blocks of one or two convolutions each: "
     "`2x1` is two blocks of one.",

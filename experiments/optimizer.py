@@ -1,6 +1,6 @@
 """SGD, momentum, Adam and RMSProp, each at the learning rate that suits it."""
 
-from experiments.spec import SMALL, Bars, Experiment, small
+from experiments.spec import SMALL, Dots, Experiment, small
 
 _RATES = {
     "sgd": (0.01, 0.03, 0.1, 0.3),
@@ -12,7 +12,7 @@ _RATES = {
 EXPERIMENT = Experiment(
     question="Which optimizer gets furthest in 10 epochs?",
     variants={name: small(optim={"name": name}) for name in _RATES},
-    figure=Bars(),
+    figure=Dots(),
     rates=_RATES,
     columns=("optim.learning_rate", "test_accuracy", "test_loss", "train_accuracy", "seconds"),
     note=SMALL,

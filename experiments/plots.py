@@ -20,8 +20,8 @@ def _axes(figure: Figure, rows: int = 1, columns: int = 1) -> list[Axes]:
     return axes
 
 
-def _figure(width: float = 6.4) -> Figure:
-    return Figure(figsize=(width, 4.0), layout="constrained")
+def _figure(width: float = 6.4, height: float = 4.0) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def mean_and_std(
@@ -76,9 +76,27 @@ def bars(names: Sequence[str], groups: Mapping[str, Float[np.ndarray, "names see
         )
         axes.plot(x, values, ".", color="black", markersize=4)
     axes.set_xticks(np.arange(len(names)), names, rotation=20 if len(names) > 5 else 0)
-    axes.set_ylabel("share" if len(groups) > 1 else next(iter(groups)))
-    if len(groups) > 1:
-        figure.legend(loc="outside upper center", ncols=2)
+    axes.set_ylabel("share")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def dots(names: Sequence[str], values: Float[np.ndarray, "names seeds"], *, label: str) -> Figure:
+    """Returns a row a name, from the top: the mean over seeds with its deviation, and every seed.
+
+    The axis need not start at 0, so it shows what differs by little.
+    """
+    figure = _figure(height=1 + 0.35 * len(names))
+    (axes,) = _axes(figure)
+    axes.grid(axis="x", alpha=0.3)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    means, deviations = mean_and_std(values)
+    y = np.arange(len(names))
+    axes.errorbar(means, y, xerr=deviations, fmt="o", color=COLORS[0], capsize=4, markersize=8)
+    axes.plot(values, y, "|", color="black", markersize=9)
+    axes.set_yticks(y, names)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
     return figure
 
 

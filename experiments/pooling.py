@@ -1,12 +1,12 @@
 """Max pooling, average pooling, and convolutions that move by two pixels in their place."""
 
-from experiments.spec import SMALL, Bars, Experiment, small
+from experiments.spec import SMALL, Dots, Experiment, small
 
 EXPERIMENT = Experiment(
     question="How should a block end?",
     variants={name: small(model={"pooling": name}) for name in ("max", "average", "stride")},
-    figure=Bars(),
-    columns=("test_accuracy", "train_accuracy", "flops_per_image", "seconds"),
+    figure=Dots(),
+    columns=("test_accuracy", "train_accuracy", "flops_per_image"),
     note=SMALL + " With `stride` nothing is pooled: the last convolution of a block moves by two "
     "pixels, and so costs a quarter.",
 )

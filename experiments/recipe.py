@@ -5,7 +5,7 @@ from typing import Any
 
 from cnn_jax import configs
 from cnn_jax.config import Config
-from experiments.spec import Bars, Experiment, edit
+from experiments.spec import Dots, Experiment, edit
 
 
 def _narrow(**changes: Any) -> Config:
@@ -48,7 +48,7 @@ EXPERIMENT = Experiment(
         "no_decay": _narrow(optim={"decays": ()}),
         "no_smoothing": _narrow(train={"label_smoothing": 0.0}),
     },
-    figure=Bars(),
+    figure=Dots(),
     columns=("test_accuracy", "test_accuracy_plain", "train_accuracy", "test_loss", "seconds"),
     note="Airbench at a quarter of its widths, on 1,000 training images of each class, in batches "
     "of 256 at a quarter of its learning rate: 400 steps, where the whole recipe has 490. All "

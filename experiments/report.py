@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 from cnn_jax import config, figures, files, runs
 from experiments import plots, rows
 from experiments.rows import Row, Run, Store
-from experiments.spec import TUNING_FRACTION, AgainstField, AgainstMeasured, Bars, Curves, Points
+from experiments.spec import (
+    TUNING_FRACTION,
+    AgainstField,
+    AgainstMeasured,
+    Bars,
+    Curves,
+    Dots,
+    Points,
+)
 
 # Factor and digits after the point.
 _PERCENT = (100, 1)
@@ -161,6 +169,9 @@ def draw(store: Store, final: dict[str, list[Run]], curves: list[Row]) -> Figure
             for column in kind.columns
         }
         return plots.bars(list(final), groups)
+    if isinstance(kind, Dots):
+        accuracies = [_values(store, wanted, "test_accuracy") for wanted in final.values()]
+        return plots.dots(list(final), np.stack(accuracies), label="test accuracy")
     if isinstance(kind, AgainstMeasured):
         x = np.array(list(kind.columns.values()), float)
         series = {

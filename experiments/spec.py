@@ -18,9 +18,14 @@ class Curves:
 
 @dataclass(frozen=True)
 class Bars:
-    """A figure with a bar a variant for each of `columns`."""
+    """A figure with a bar a variant for each of `columns`, which are shares."""
 
-    columns: tuple[str, ...] = ("test_accuracy",)
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A figure with a row a variant: the test accuracy of each seed, and their mean."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Experiment:
     """The title of the report."""
     variants: Mapping[str, Config]
     """By a name that can stand in a file's, in the order of the report."""
-    figure: Curves | Bars | AgainstField | AgainstMeasured | Points
+    figure: Curves | Bars | Dots | AgainstField | AgainstMeasured | Points
     seeds: int = 3
     order: tuple[str, ...] = ()
     """The order of running, where it is another than that of the report."""

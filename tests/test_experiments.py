@@ -33,6 +33,7 @@ from experiments.spec import (
     AgainstMeasured,
     Bars,
     Curves,
+    Dots,
     Experiment,
     Points,
 )
@@ -260,7 +261,7 @@ def test_an_interrupted_run_is_resumed_with_the_same_bits(
 TUNED = Experiment(
     question="?",
     variants={"a": SHORTER},
-    figure=Bars(),
+    figure=Dots(),
     seeds=1,
     rates={"a": (0.001, 0.05, 0.1, 1e38)},
     columns=("optim.learning_rate", "test_accuracy"),
@@ -671,6 +672,12 @@ def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
     np.testing.assert_allclose(heights, [0.5, 0.2, 0.6, 0.3])
     (first, *_) = bars.axes[0].collections[0].get_segments()  # pyright: ignore
     np.testing.assert_allclose(first, [[-0.2, 0.358579], [-0.2, 0.641421]], atol=1e-6)
+    dots = plots.dots(["a", "b"], values, label="test")
+    means, _, _, *_ = dots.axes[0].lines
+    np.testing.assert_allclose(np.asarray(means.get_xydata()), [[0.5, 0], [0.2, 1]])
+    (first, *_) = dots.axes[0].collections[0].get_segments()  # pyright: ignore
+    np.testing.assert_allclose(first, [[0.358579, 0], [0.641421, 0]], atol=1e-6)
+    assert [text.get_text() for text in dots.axes[0].get_yticklabels()] == ["a", "b"]
     curves = plots.learning_curves({"a": (np.array([0.1, 0.2]), np.array([0.3, 0.4]))})
     for axes, expected in zip(curves.axes, ([0.1, 0.2], [0.3, 0.4]), strict=True):
         np.testing.assert_allclose(np.asarray(axes.lines[0].get_ydata()), expected)
@@ -678,7 +685,7 @@ def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
     (point,) = points.axes[0].lines[:1]
     np.testing.assert_allclose(np.asarray(point.get_xydata()), [[2, 0.5]])
     assert [text.get_text() for text in points.axes[0].texts] == ["a"]
-    for figure in (lines, bars, curves, points):
+    for figure in (lines, bars, dots, curves, points):
         figure.savefig(tmp_path / "figure.png")
 
 
