@@ -6,17 +6,18 @@ from cnn_jax import configs
 from experiments.spec import Curves, Experiment
 
 _NAMES = ("simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout")
-_DROPOUT = configs.get("vgg_dropout")
+_VGG2, _DROPOUT = configs.get("vgg2"), configs.get("vgg_dropout")
 
 EXPERIMENT = Experiment(
     question="Do the chapter's networks reach the chapter's accuracies?",
     variants={
         **{name: configs.get(name) for name in _NAMES},
+        "vgg2_he": replace(_VGG2, model=replace(_VGG2.model, initializer="he_uniform")),
         "vgg_dropout_30": replace(_DROPOUT, train=replace(_DROPOUT.train, epochs=30)),
     },
     figure=Curves(),
     seeds=1,
-    order=("simple_cnn", "vgg_dropout", "vgg3", "vgg2", "vgg1", "vgg_dropout_30"),
+    order=("simple_cnn", "vgg_dropout", "vgg3", "vgg2", "vgg1", "vgg2_he", "vgg_dropout_30"),
     columns=(
         "test_accuracy",
         "train_accuracy",
