@@ -553,16 +553,17 @@ def test_every_experiment_is_whole(name: str):
 
 def test_the_chapter_runs_in_the_chapter_s_settings():
     found = {
-        name: (made.train.epochs, made.train.batch_size, made.model.dropout)
+        name: (made.train.epochs, made.train.batch_size, made.model.dropout, made.model.initializer)
         for name, made in loaded("chapter").variants.items()
     }
     assert found == {
-        "simple_cnn": (3, 64, 0.0),
-        "vgg1": (20, 64, 0.0),
-        "vgg2": (10, 64, 0.0),
-        "vgg3": (10, 64, 0.0),
-        "vgg_dropout": (10, 64, 0.5),
-        "vgg_dropout_30": (30, 64, 0.5),
+        "simple_cnn": (3, 64, 0.0, "glorot_uniform"),
+        "vgg1": (20, 64, 0.0, "glorot_uniform"),
+        "vgg2": (10, 64, 0.0, "glorot_uniform"),
+        "vgg2_he": (10, 64, 0.0, "he_uniform"),
+        "vgg3": (10, 64, 0.0, "glorot_uniform"),
+        "vgg_dropout": (10, 64, 0.5, "glorot_uniform"),
+        "vgg_dropout_30": (30, 64, 0.5, "glorot_uniform"),
     }
 
 
