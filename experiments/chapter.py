@@ -42,5 +42,6 @@ EXPERIMENT = Experiment(
     "which it was suspended. The chapter does not say whether its 80% with dropout are those of 10 "
     "epochs, as its listing trains, or of 30, as the Keras twin of that listing does; so both are "
     "run. Nor does it name initial values: these are those of tf.layers (Glorot and Bengio, 2010), "
-    "in `vgg2_he` those of He et al. (2015). Train accuracy is the mean over the last epoch's steps, with dropout on.",
+    "in `vgg2_he` those of He et al. (2015). Train accuracy "
+    "is the mean over the last epoch's steps, with dropout on.",
 )
