@@ -1,6 +1,7 @@
 """Experiments: what is missing is trained, what is done is not, and what the report says of it."""
 
 import importlib
+import math
 import os
 import re
 import signal
@@ -343,6 +344,19 @@ def test_a_damaged_file_of_results_is_one_line(tmp_path: Path):
     (tmp_path / "results.csv").write_text("variant,seed\na,x\n")
     with pytest.raises(UserError, match=r"results.csv can't be read"):
         Store(EXPERIMENT, tmp_path, tmp_path)
+
+
+def test_what_is_not_finite_is_an_empty_cell(tmp_path: Path):
+    broken = replace(EXPERIMENT, measure=lambda *_: {"tenth": math.inf, "images": math.nan})
+    store = Store(broken, tmp_path / "runs", tmp_path)
+    train(store, ["one"], seeds=1)
+    report.write("try", store, 1, tmp_path)
+    known = Store(EXPERIMENT, tmp_path / "none", tmp_path)
+    (made,) = known.runs("one", 1)[1]
+    found = known.row(made)
+    assert found is not None
+    assert (found["tenth"], found["images"]) == (None, None)
+    assert 0 <= found["test_accuracy"] <= 1
 
 
 def row(variant: str, seed: int, accuracy: float | None, **others: Any) -> rows.Row:
