@@ -380,32 +380,6 @@ def learning_rates(rates: Array1, losses: Array1, smoothed: Array1, suggested: f
     return figure
 
 
-def lines(
-    x: Array1,
-    methods: Mapping[str, tuple[Array1, Array1]],
-    xlabel: str,
-    ylabel: str,
-    scale: str = "linear",
-) -> Figure:
-    """Draws a line for each method's means (and a band of its standard deviations) against x.
-
-    `scale` is matplotlib's of the x axis, such as "log"; ticks stand at the values of x.
-    """
-    figure = _figure(3.9)
-    ax = figure.subplots()
-    for i, (name, (means, stds)) in enumerate(methods.items()):
-        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        line = LINES[(i // len(COLORS) + i) % len(LINES)]
-        ax.plot(x, means, line, color=color, marker=marker, markersize=5, label=_plain(name, 28))
-        ax.fill_between(x, means - stds, means + stds, color=color, alpha=0.15, linewidth=0)
-    ax.set(xlabel=xlabel, ylabel=ylabel, xscale=scale)
-    ax.set_xticks(x, labels=[f"{value:g}" for value in x])
-    ax.set_xticks([], minor=True)
-    ax.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", fontsize=9, ncols=2 if len(methods) > 3 else 3)
-    return figure
-
-
 def _figure(height: float) -> Figure:
     """Returns an empty figure of so many inches, outside of pyplot, which would keep it."""
     return Figure(figsize=(_WIDTH, height), layout="constrained")

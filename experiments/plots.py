@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from cnn_jax.figures import COLORS, MARKERS
 
@@ -128,7 +128,10 @@ def lines(
     y_label: str,
     logarithmic: bool = False,
 ) -> Figure:
-    """Returns means over seeds against a number, in a band of one standard deviation each way."""
+    """Returns means over seeds against a number, in a band of one standard deviation each way.
+
+    On a logarithmic axis ticks stand where the points do.
+    """
     figure = _figure()
     (axes,) = _axes(figure)
     for i, (label, (x, values)) in enumerate(series.items()):
@@ -139,9 +142,12 @@ def lines(
         axes.fill_between(x, means - deviations, means + deviations, color=color, alpha=0.2, lw=0)
     if logarithmic:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        ticks = np.unique([x for x, _ in series.values()])
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=x_label, ylabel=y_label)
-    if len(series) > 1:
+    if len(series) > 4:
+        figure.legend(loc="outside upper center", ncols=3)
+    elif len(series) > 1:
         axes.legend()
     return figure

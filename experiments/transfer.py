@@ -23,7 +23,7 @@ from rich.console import Console
 from cnn_jax import config, configs, data, devices, features, figures, loop, modes, runs, transfer
 from cnn_jax.config import AugmentConfig, Config, InitConfig, ModelConfig, TrainConfig
 from cnn_jax.run_log import RunLog
-from experiments import rows
+from experiments import plots, rows
 
 OLD = ("airplane", "automobile", "bird", "cat", "deer")
 NEW = ("dog", "frog", "horse", "ship", "truck")
@@ -167,27 +167,22 @@ def measure(
                 yield {"method": method, "shots": shots, "seed": seed, "test_accuracy": accuracy}
 
 
-Spread = dict[str, tuple[np.ndarray, np.ndarray]]
-"""By method, mean and standard deviation (n - 1) over seeds at each of SHOTS, in percent."""
+def accuracies(measured: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Returns test accuracies [SHOTS, seeds] by method."""
+
+    def of(method: str, shots: int) -> list[float]:
+        wanted = (method, shots)
+        return [r["test_accuracy"] for r in measured if (r["method"], r["shots"]) == wanted]
+
+    return {method: np.array([of(method, shots) for shots in SHOTS]) for method in METHODS}
 
 
-def spread(measured: list[dict[str, Any]]) -> Spread:
-    """Returns what the seeds of each method have in common."""
-    found: Spread = {}
-    for method in METHODS:
-        of_method = [row for row in measured if row["method"] == method]
-        accuracies = np.array(
-            [[100 * r["test_accuracy"] for r in of_method if r["shots"] == s] for s in SHOTS]
-        )
-        found[method] = accuracies.mean(axis=1), accuracies.std(axis=1, ddof=1)
-    return found
-
-
-def table(found: Spread) -> str:
-    """Returns a row a method as Markdown."""
+def table(found: dict[str, np.ndarray]) -> str:
+    """Returns a row a method as Markdown, in percent."""
     lines = ["| method | " + " | ".join(f"{s} a class" for s in SHOTS) + " |"]
     lines.append("|---|" + "---|" * len(SHOTS))
-    for method, (means, stds) in found.items():
+    for method, values in found.items():
+        means, stds = plots.mean_and_std(100 * values)
         cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means, stds, strict=True)]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -195,18 +190,26 @@ def table(found: Spread) -> str:
 
 def write(results: Path, about: dict[str, Any]) -> None:
     """Writes transfer.json, transfer.md and transfer.png."""
-    found = spread(about["rows"])
+    found = accuracies(about["rows"])
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in about["learning_rates"].items())
+    tried = ", ".join(f"{rate:g}" for rate in RATES)
+    epochs = ", ".join(f"{number} at {shots}" for shots, number in about["epochs"].items())
     results.mkdir(exist_ok=True)
     runs.write_json(results / "transfer.json", about)
     (results / "transfer.md").write_text(
         f"Test accuracy in percent on {', '.join(NEW)}; mean ± standard deviation of "
         f"{about['seeds']} seeds. The network that is transferred learned {', '.join(OLD)} and "
         f"reaches {about['pretrained_test_accuracy']:.2%} on them.\n\n{table(found)}\n\n"
+        f"Learning rates, chosen from {tried} on held-out images at 100 a class: {rates}. Epochs: "
+        f"{epochs} images a class.\n\n"
         f"{about['data']}, on {about['device']['cpu_count']} cores ({about['device']['kind']}), "
         f"jax {about['versions']['jax']}; `python -m experiments.transfer`.\n"
     )
-    figure = figures.lines(
-        np.array(SHOTS), found, "training images a class", "test accuracy (%)", "log"
+    figure = plots.lines(
+        {method: (np.array(SHOTS), values) for method, values in found.items()},
+        x_label="training images a class",
+        y_label="test accuracy",
+        logarithmic=True,
     )
     (results / "transfer.png").write_bytes(figures.png(figure))
 
@@ -215,7 +218,7 @@ def main() -> None:
     """Runs what is missing and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"))
-    parser.add_argument("--seeds", type=int, default=3, help="two or more")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each result")
     parser.add_argument("--quick", action="store_true", help="few epochs, to try the script")
     arguments = parser.parse_args()
     wanted = pretraining(1 if arguments.quick else 30)

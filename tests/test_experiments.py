@@ -27,7 +27,7 @@ from cnn_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainCo
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
 from cnn_jax.stop import Stopped
-from experiments import measures, plots, report, rows, run, runner
+from experiments import measures, plots, report, rows, run, runner, transfer
 from experiments.rows import Store
 from experiments.spec import (
     AgainstField,
@@ -674,6 +674,25 @@ def test_means_leave_out_what_is_missing():
     np.testing.assert_allclose(deviations, [0.18027756377319948, 0, 0], rtol=1e-12)
 
 
+@pytest.mark.parametrize(("seeds", "cell"), [(1, "| 30.0 ± 0.0 |"), (2, "| 35.0 ± 7.1 |")])
+def test_the_table_of_transfer_has_a_mean_for_each_method_and_number(seeds: int, cell: str):
+    measured = [
+        {"method": method, "shots": shots, "seed": seed, "test_accuracy": 0.3 + 0.1 * seed}
+        for method in transfer.METHODS
+        for shots in transfer.SHOTS
+        for seed in range(seeds)
+    ]
+    measured[0]["test_accuracy"] += 0.4  # of the first method at 20 images a class
+    found = transfer.accuracies(measured)
+    assert {name: values.shape for name, values in found.items()} == dict.fromkeys(
+        transfer.METHODS, (3, seeds)
+    )
+    first, second, *_ = transfer.table(found).splitlines()[2:]
+    assert first.startswith("| scratch | 70.0" if seeds == 1 else "| scratch | 55.0")
+    assert first.endswith(cell)
+    assert second.count(cell[1:]) == len(transfer.SHOTS)
+
+
 def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
     values = np.array([[0.4, 0.6], [0.2, 0.2]])
     lines = plots.lines({"a": (np.array([2.0, 1.0]), values)}, x_label="x", y_label="y")
@@ -682,6 +701,10 @@ def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
     (band,) = lines.axes[0].collections
     heights = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices}  # pyright: ignore
     assert heights == {(1, 0.2), (2, 0.358579), (2, 0.641421)}, "0.5 and sqrt(0.02) each way"
+    many = {str(i): (np.array([20.0, 500.0]), values) for i in range(5)}
+    crowded = plots.lines(many, x_label="x", y_label="y", logarithmic=True)
+    assert [text.get_text() for text in crowded.axes[0].get_xticklabels()] == ["20", "500"]
+    assert len(crowded.legends[0].get_texts()) == 5
     bars = plots.bars(["a", "b"], {"test": values, "train": values + 0.1})
     heights = [patch.get_height() for patch in bars.axes[0].patches]  # pyright: ignore
     np.testing.assert_allclose(heights, [0.5, 0.2, 0.6, 0.3])
@@ -700,7 +723,7 @@ def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
     (point,) = points.axes[0].lines[:1]
     np.testing.assert_allclose(np.asarray(point.get_xydata()), [[2, 0.5]])
     assert [text.get_text() for text in points.axes[0].texts] == ["a"]
-    for figure in (lines, bars, dots, curves, points):
+    for figure in (lines, crowded, bars, dots, curves, points):
         figure.savefig(tmp_path / "figure.png")
 
 

@@ -237,19 +237,6 @@ def test_the_finders_curve_marks_what_it_suggests():
     np.testing.assert_array_equal(ax.lines[2].get_xdata(), [0.01, 0.01])
 
 
-def test_lines_show_means_with_their_spread():
-    means, stds = np.array([60.0, 50.0]), np.array([1.5, 0.25])
-    x = np.array([20.0, 100.0])
-    methods = {f"method {i}": (means + i, stds) for i in range(9)}
-    (ax,) = figures.lines(x, methods, "images a class", "accuracy (%)", "log").axes
-    assert ticks(ax)[0] == ["20", "100"]
-    np.testing.assert_array_equal(ax.lines[1].get_ydata(), [61, 51])
-    band = ax.collections[0].get_paths()[0].vertices
-    assert {58.5, 61.5} <= set(np.asarray(band)[:, 1])
-    styles = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines]
-    assert len(set(styles)) == 9
-
-
 def test_strangers_names_are_drawn_as_they_are():
     """Mathematics, control characters, no text at all, scripts that the font lacks, and length."""
     names = ("$\\frac$", "two\nlines", "\udcff\x1b", "猫", "a" * 99)
