@@ -49,9 +49,10 @@ def conv_general_dilated(
 ) -> Float[Array, "batch new_height new_width out"]:
     """Does what lax.conv_general_dilated does, for `nn.Conv(conv_general_dilated=...)`.
 
-    On a CPU the case whose shapes stand above is fast, forward and in reverse mode (it has no
-    forward mode): NHWC images, HWIO kernel, one group, no dilation. Anything else goes to lax.
-    Sums are float32, so results differ from lax's by rounding alone.
+    On a CPU the case whose shapes stand above is fast, forward and in reverse mode: NHWC images,
+    HWIO kernel, one group, no dilation. It has no forward mode, and second derivatives in float32
+    alone. Anything else goes to lax. Sums are float32, so results differ from lax's by rounding
+    alone.
     """
     fast = (
         lhs.ndim == 4
@@ -153,9 +154,9 @@ def conv_relu_pool(
     On a CPU, training takes less time and memory for this than for each on its own. Results are the
     same up to the rounding of sums.
     """
-    winograd = cpu_kernels.suits_winograd(kernel.shape, strides)
-    at_once = winograd if pool else relu and kernel.shape[:2] == (3, 3) and strides == (1, 1)
-    if at_once and padding == "SAME" and on_cpu():
+    same = kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == "SAME"
+    at_once = same and (cpu_kernels.suits_winograd(kernel.shape, strides) if pool else relu)
+    if at_once and on_cpu():
         return cpu_kernels.conv_relu_pool(x, kernel, bias, relu, pool)
     y = conv_general_dilated(x, kernel, strides, padding, dimension_numbers=cpu_kernels.NHWC)
     y = y if bias is None else add_bias(y, bias)

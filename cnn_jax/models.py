@@ -121,7 +121,8 @@ def _convolve_and_pool(
 ) -> Array:
     """Runs `conv1`, `conv2`, ... and `pool` in the module that calls it, and halves the side.
 
-    In training `conv1`, ... do at once what otherwise follows them as layers that can be looked at.
+    In training ReLU, and the max pool after it, are part of the convolution; in evaluation the pool
+    is a layer that can be looked at.
     """
     relu = train and activation == "relu"
     pool = relu and pooling == "max"
@@ -172,8 +173,8 @@ class SimpleCNN(Classifier):
     ) -> Float[Array, "batch classes"]:
         """Returns logits; `train` turns dropout on and needs a "dropout" key."""
         x = images.astype(self.dtype)
-        settings = self.activation, self.dtype, self.pooling, self.initializer, train
-        return self.classify(_convolve_and_pool(x, self.widths, *settings), train)
+        settings = self.activation, self.dtype, self.pooling, self.initializer
+        return self.classify(_convolve_and_pool(x, self.widths, *settings, train), train)
 
 
 class Block(nn.Module):
@@ -193,8 +194,8 @@ class VGGBlock(Block):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Array:
         """Returns feature maps of half the height and width, rounded down; up by a stride."""
-        settings = self.activation, self.dtype, self.pooling, self.initializer, train
-        return _convolve_and_pool(x, self.widths, *settings)
+        settings = self.activation, self.dtype, self.pooling, self.initializer
+        return _convolve_and_pool(x, self.widths, *settings, train)
 
 
 class VGG(Classifier):
@@ -379,8 +380,9 @@ class LayerCache:
     def replacing(self, inputs: Array) -> Iterator[Array]:
         """Inside the block the layer is given `inputs`; yields images to call the network with.
 
-        They are NaN, so a network in which anything else reads what comes before the layer says
-        so. Otherwise nothing does, and XLA leaves all that out.
+        The layer has parameters: in training others may be left out. The images are NaN, so a
+        network in which anything else reads what comes before the layer says so. Otherwise nothing
+        does, and XLA leaves all that out.
         """
 
         def replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

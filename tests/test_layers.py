@@ -321,7 +321,8 @@ def test_average_pool_and_its_gradient_equal_those_of_linen(size: tuple[int, int
 
 
 def loss(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.sum(layers.max_pool(fast_conv(x, kernel, (1, 1), "SAME"), (2, 2), (2, 2)) ** 2)
+    y = layers.conv_relu_pool(x, kernel, kernel[0, 0, 0], relu=True, pool=True)
+    return jnp.sum(layers.max_pool(fast_conv(y, kernel, (1, 1), "SAME"), (2, 2), (2, 2)) ** 2)
 
 
 def test_gradients_inside_scan_are_those_outside():
@@ -331,6 +332,18 @@ def test_gradients_inside_scan_are_those_outside():
     )
     for x, gradient in zip(batches, scanned, strict=True):
         assert_close(gradient, jax.jit(jax.grad(loss))(kernel, x), 1e-6)
+
+
+def test_second_derivatives_of_float32_are_those_of_lax():
+    kernel, x, direction = normal(0, 3, 3, 16, 16), normal(1, 2, 8, 8, 16), normal(2, 3, 3, 16, 16)
+
+    def curvature(kernel: jax.Array) -> jax.Array:
+        return jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k, x), direction))(kernel)
+
+    found = jax.jit(curvature)(kernel)
+    with layers.portable():
+        expected = jax.jit(lambda kernel: curvature(kernel))(kernel)
+    assert_close(found, expected, 5e-6)
 
 
 def test_gradients_under_vmap_are_those_of_each():
