@@ -24,7 +24,8 @@ EXPERIMENT = Experiment(
     note="`airbench` is Jordan's airbench94 (2024), with nothing tuned to these images. Its test "
     "accuracy is that of six views of each image, averaged; that of the images alone stands beside "
     "it. Its author's own code (legacy/airbench94.py, PyTorch 2.13, on a CPU in bfloat16 autocast, "
-    "seed 0) reaches 90.5% on these images, 89.6% without the averages, where he reports 94.0% on "
+    "seeds 0 and 1) reaches 90.5 and 90.7% on these images, 89.6 and 89.4% without the averages, "
+    "where he reports 94.0% on "
     "CIFAR-10 itself. The chapter's networks are those of the `chapter` experiment, which says why "
     "seconds and images/s are not to be compared.",
 )
