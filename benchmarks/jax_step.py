@@ -1,10 +1,12 @@
 """A worker that trains in JAX; started by speed.py.
 
-Usage: python jax_step.py CONFIG BATCH_SIZE KIND [EXPORT]. KIND is float32 or bfloat16 (this
+Usage: python jax_step.py CONFIG BATCH_SIZE KIND. KIND is float32 or bfloat16 (this
 project's compiled segment), step (its step in a Python loop), plain (nn.Conv, nn.max_pool, optax
-and a Python loop) or gemm (each step is a matrix product, the machine's rate). EXPORT.npz and
-EXPORT.json receive what torch_step.py needs to start from the same parameters and see the same
-batches.
+and a Python loop) or gemm (each step is a matrix product, the machine's rate).
+
+python jax_step.py CONFIG BATCH_SIZE export PATH trains nothing: PATH.npz and PATH.json receive what
+torch_step.py needs to start from the same parameters and see the same batches. By a process of its
+own, whose copies of the parameters count in nobody's peak memory.
 """
 
 import json
@@ -24,7 +26,6 @@ from worker import serve
 
 from cnn_jax import configs, devices, loop, train, trees
 from cnn_jax.config import Config
-from cnn_jax.data import ImageDataset
 
 Runner = Callable[[int], list[float]]
 """Runs so many steps and returns their losses."""
@@ -33,13 +34,11 @@ N_IMAGES = 4096
 GEMM_SIZE = 2048
 
 
-def segment_runner(config: Config, export: str | None) -> Runner:
+def segment_runner(config: Config) -> Runner:
     """Returns a function that runs steps of this project's compiled segment."""
     dataset = digits.repeated(N_IMAGES)
     trainer = loop.Trainer(config, dataset)
     state = trainer.init()
-    if export:
-        write_spec(export, config, dataset, state.params)
     trainer.compile(state)
 
     def run(n_steps: int) -> list[float]:
@@ -79,8 +78,10 @@ def step_runner(config: Config) -> Runner:
     return run
 
 
-def write_spec(path: str, config: Config, dataset: ImageDataset, params: Any) -> None:
+def write_spec(config: Config, path: str) -> None:
     """Writes what torch_step.py reads: the start, the images, and their order in epoch 0."""
+    dataset = digits.repeated(N_IMAGES)
+    params = loop.Trainer(config, dataset).init().params
     train_key = jax.random.split(jax.random.key(config.seed))[1]
     order_key = jax.random.split(train_key)[0]
     order = train.epoch_order(order_key, jnp.int32(0), N_IMAGES, config.train.batch_size)
@@ -173,8 +174,8 @@ def gemm_runner() -> Runner:
     return run
 
 
-def main(name: str, batch_size: str, kind: str, export: str | None = None) -> None:
-    """Serves training steps."""
+def main(name: str, batch_size: str, kind: str, path: str = "") -> None:
+    """Serves training steps, or writes where they start."""
     config = configs.get(name)
     settings = replace(config.train, batch_size=int(batch_size), segment_steps=32)
     # At the chapter's 0.01 the first steps are so unstable that rounding grows tenfold every three
@@ -186,10 +187,12 @@ def main(name: str, batch_size: str, kind: str, export: str | None = None) -> No
     if kind == "plain":
         return serve(plain_runner(config))
     devices.use_cores(int(batch_size))
+    if kind == "export":
+        return write_spec(config, path)
     if kind == "step":
         return serve(step_runner(config))
     model = replace(config.model, dtype=kind)
-    return serve(segment_runner(replace(config, model=model), export))
+    return serve(segment_runner(replace(config, model=model)))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ class Competitor:
             env={**os.environ, "PYTHONPATH": path},
         )
 
+    def wait(self) -> None:
+        """Waits for a process that ends by itself."""
+        if self._process.wait():
+            raise SystemExit(f"{self._process.args} failed")
+
     def run(self, n_steps: int) -> dict[str, Any]:
         """Runs steps; returns seconds, losses and peak memory, or nothing if the process died."""
         assert self._process.stdin and self._process.stdout
@@ -95,8 +100,7 @@ def time_model(name: str, batch_size: str, folder: Path) -> list[dict[str, Any]]
     )
     export = str(folder / f"{name}_{batch_size}")
     jax = [sys.executable, "jax_step.py", name, batch_size]
-    competitors = {"cnn_jax float32": Competitor(*jax, "float32", export)}
-    competitors["cnn_jax float32"].run(0)
+    competitors = {"cnn_jax float32": Competitor(*jax, "float32")}
     competitors["cnn_jax bfloat16"] = Competitor(*jax, "bfloat16")
     competitors["cnn_jax step loop"] = Competitor(*jax, "step")
     competitors["plain flax"] = Competitor(*jax, "plain")
@@ -106,6 +110,7 @@ def time_model(name: str, batch_size: str, folder: Path) -> list[dict[str, Any]]
         kinds = {"torch eager": (False, False), "torch bfloat16": (True, False)}
         if _COMPILE.value:
             kinds["torch.compile"] = (False, True)
+        Competitor(*jax, "export", export).wait()
         spec = json.loads(Path(f"{export}.json").read_text())
         for kind, (autocast, compiled) in kinds.items():
             path = Path(f"{export}_{autocast:d}{compiled:d}.json")
