@@ -1,8 +1,8 @@
 """A worker that trains in JAX; started by speed.py.
 
-Usage: python jax_step.py CONFIG BATCH_SIZE KIND. KIND is float32 or bfloat16 (this
-project's compiled segment), step (its step in a Python loop), plain (nn.Conv, nn.max_pool, optax
-and a Python loop) or gemm (each step is a matrix product, the machine's rate).
+Usage: python jax_step.py CONFIG BATCH_SIZE KIND. KIND is float32 or bfloat16 (this project's
+compiled segment), step (its step in a Python loop), plain (nn.Conv, nn.max_pool, optax and a Python
+loop) or gemm (each step is a matrix product, the machine's rate).
 
 python jax_step.py CONFIG BATCH_SIZE export PATH trains nothing: PATH.npz and PATH.json receive what
 torch_step.py needs to start from the same parameters and see the same batches. By a process of its

@@ -5,7 +5,8 @@ python benchmarks/per_op.py --config=vgg3 [--batch_size=128] [--dtype=float32]
 Profiles steps of the compiled segment with jax.profiler. Times are those that XLA's CPU threads
 spend inside an operation, without what it calls; operations of one layer that XLA runs at the same
 time add up, so the total is thread time, to be compared with the step's time by the number of
-cores. What no row names, threads spent waiting for each other.
+cores. What no row names, threads spent waiting for each other. A max pool that runs in the loop of
+the convolution before it counts as that convolution's.
 """
 
 import re
