@@ -118,6 +118,51 @@ def suits_winograd(kernel_shape: Sequence[int], strides: Pair) -> bool:
     return tuple(kernel_shape[:2]) == (3, 3) and strides == (1, 1) and min(kernel_shape[2:]) >= 16
 
 
+@jax.custom_vjp
+def conv_relu(
+    x: Float[Array, "batch height width in"],
+    kernel: Float[Array, "3 3 in out"],
+    bias: Float[Array, "out"] | None,
+) -> Float[Array, "batch height width out"]:
+    """Returns the SAME convolution, bias added, past ReLU: all of it to some images at a time.
+
+    For a kernel that does not suits_winograd.
+    """
+    return _conv_relu_forward(x, kernel, bias)[0]
+
+
+def _conv_relu_forward(
+    x: Array, kernel: Array, bias: Array | None
+) -> tuple[Array, tuple[Array, Array, Array | None, Array]]:
+    def run(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, None]:
+        y = lax.conv_general_dilated(x, kernel, (1, 1), _SAME, dimension_numbers=NHWC)
+        return jnp.maximum(_plus(y, bias), 0), None
+
+    # XLA's own convolution takes less time for several images than for one.
+    y = _in_turns(run, (x,), kernel, bias, n_pixels=x.shape[1] * x.shape[2] // 8)[0]
+    return y, (x, kernel, bias, y)
+
+
+def _conv_relu_backward(
+    residuals: tuple[Array, Array, Array | None, Array], dy: Array
+) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias, y = residuals
+
+    def run(x: Array, dy: Array, y: Array) -> tuple[None, Any]:
+        dy = _before_relu(dy, y)
+        dkernel = _sum_patches(x, dy.astype(x.dtype), kernel.shape, (1, 1), _SAME)
+        return None, (dkernel, jnp.sum(dy, axis=(0, 1, 2)))
+
+    _, (dkernel, dbias) = _in_turns(run, (x, dy, y), n_pixels=x.shape[1] * x.shape[2])
+    dy = _before_relu(dy, y).astype(x.dtype)
+    dx = _input_gradient(dy, kernel, x.shape, (1, 1), _SAME)
+    dbias = None if bias is None else dbias.astype(bias.dtype)
+    return dx, _to_kernel_gradient(dkernel, kernel), dbias
+
+
+conv_relu.defvjp(_conv_relu_forward, _conv_relu_backward)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def conv_relu_pool(
     x: Float[Array, "batch height width in"],
@@ -129,8 +174,8 @@ def conv_relu_pool(
     """Returns the SAME convolution, bias added, past ReLU, past a 2x2 max pool, or past both.
 
     All of it is done to some images before the next ones, forward and backward, where separate
-    layers would each read and write all. Winograd's 2x2 tiles are the pool's windows, so a pool
-    needs a kernel that suits_winograd.
+    layers would each read and write all. For a kernel that suits_winograd: its 2x2 tiles are the
+    pool's windows.
     """
     return _conv_relu_pool_forward(x, kernel, bias, relu, pool)[0]
 
@@ -139,23 +184,14 @@ def _conv_relu_pool_forward(
     x: Array, kernel: Array, bias: Array | None, relu: bool, pool: bool
 ) -> tuple[Array, tuple[Array, Array, Array | None, Array]]:
     """Returns also what the gradient needs: the places of the maxima or, for ReLU alone, y."""
-    winograd = suits_winograd(kernel.shape, (1, 1))
     assert pool or relu
-    assert winograd or not pool
     size = x.shape[1:3]
 
-    def finish(y: Array, bias: Array | None) -> Array:
-        y = y if bias is None else y + bias.reshape(1, 1, 1, -1)
-        return y if pool else jnp.maximum(y, 0)
-
-    def run(x: Array, kernels: Any, bias: Array | None) -> tuple[Any, None]:
-        if not winograd:
-            y = lax.conv_general_dilated(x, kernels, (1, 1), _SAME, dimension_numbers=NHWC)
-            return (finish(y, bias), None), None
+    def run(x: Array, kernels: Grid, bias: Array | None) -> tuple[Any, None]:
         quarters = _multiply_tiles(_input_tiles(x, _SAME, size), kernels, kernel.shape[-1], x.dtype)
-        quarters = jax.tree.map(lambda y: finish(y, bias), quarters)
+        quarters = jax.tree.map(lambda y: _plus(y, bias), quarters)
         if not pool:
-            return (_join(quarters, size), None), None
+            return _join(jax.tree.map(lambda y: jnp.maximum(y, 0), quarters), size), None
         whole = [y[:, : size[0] // 2, : size[1] // 2] for row in quarters for y in row]
         largest, place = _largest(whole)
         if relu:
@@ -163,50 +199,47 @@ def _conv_relu_pool_forward(
             largest = jnp.maximum(largest, 0)
         return (largest, place), None
 
-    kernels = _transformed(kernel) if winograd else kernel
-    # XLA's own convolution takes less time for several images than for one.
-    n_pixels = size[0] * size[1] // (1 if winograd else 8)
-    (y, place), _ = _in_turns(run, (x,), kernels, bias, n_pixels=n_pixels)
-    return y, (x, kernel, bias, place if pool else y)
+    n_pixels = size[0] * size[1]
+    joined = _in_turns(run, (x,), _transformed(kernel), bias, n_pixels=n_pixels)[0]
+    y, kept = joined if pool else (joined, joined)
+    return y, (x, kernel, bias, kept)
 
 
 def _conv_relu_pool_backward(
     relu: bool, pool: bool, residuals: tuple[Array, Array, Array | None, Array], dy: Array
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias, kept = residuals
-    winograd = suits_winograd(kernel.shape, (1, 1))
     size = x.shape[1:3]
-
-    def before_relu(dy: Array, y: Array) -> Array:
-        return jnp.where(y > 0, dy.astype(jnp.float32), 0)
 
     def before_pool(dy: Array, place: Array) -> Grid:
         rest = [(0, n - m) for n, m in zip(_halves(size), dy.shape[1:3], strict=True)]
         dy, place = _pad(dy.astype(jnp.float32), rest), _pad(place, rest)
         return [[jnp.where(place == 2 * i + j, dy, 0) for j in (0, 1)] for i in (0, 1)]
 
-    def run(x: Array, dy: Array, kept: Array, kernels: Grid) -> tuple[Any, Any]:
-        if not winograd:
-            dy = before_relu(dy, kept)
-            dkernel = _sum_patches(x, dy.astype(x.dtype), kernel.shape, (1, 1), _SAME)
-            return None, (dkernel, jnp.sum(dy, axis=(0, 1, 2)))
-        quarters = before_pool(dy, kept) if pool else _quarters(before_relu(dy, kept))
+    def run(x: Array, dy: Array, kept: Array, kernels: Grid) -> tuple[Array, Any]:
+        quarters = before_pool(dy, kept) if pool else _quarters(_before_relu(dy, kept))
         dbias = sum(jnp.sum(part, axis=(0, 1, 2)) for row in quarters for part in row)
         dkernel = _sum_tiles(_input_tiles(x, _SAME, size), quarters, x.dtype)
         tiles = _tiles_of_quarters(quarters, x.dtype)
         dx = _join(_multiply_tiles(tiles, kernels, x.shape[-1], x.dtype), size)
         return dx, (dkernel, dbias)
 
-    kernels = _transformed(_turn(kernel)) if winograd else None
-    batches = (x, dy, kept)
-    dx, (dkernel, dbias) = _in_turns(run, batches, kernels, n_pixels=size[0] * size[1])
-    if not winograd:
-        dx = _input_gradient(before_relu(dy, kept).astype(x.dtype), kernel, x.shape, (1, 1), _SAME)
+    kernels, n_pixels = _transformed(_turn(kernel)), size[0] * size[1]
+    dx, (dkernel, dbias) = _in_turns(run, (x, dy, kept), kernels, n_pixels=n_pixels)
     dbias = None if bias is None else dbias.astype(bias.dtype)
     return dx, _to_kernel_gradient(dkernel, kernel), dbias
 
 
 conv_relu_pool.defvjp(_conv_relu_pool_forward, _conv_relu_pool_backward)
+
+
+def _plus(y: Array, bias: Array | None) -> Array:
+    return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+
+
+def _before_relu(dy: Array, y: Array) -> Array:
+    """Returns the float32 gradient of what went into ReLU, which made y of it."""
+    return jnp.where(y > 0, dy.astype(jnp.float32), 0)
 
 
 def _transformed(kernel: Array) -> Grid:

@@ -154,10 +154,12 @@ def conv_relu_pool(
     On a CPU, training takes less time and memory for this than for each on its own. Results are the
     same up to the rounding of sums.
     """
-    same = kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == "SAME"
-    at_once = same and (cpu_kernels.suits_winograd(kernel.shape, strides) if pool else relu)
-    if at_once and on_cpu():
-        return cpu_kernels.conv_relu_pool(x, kernel, bias, relu, pool)
+    if kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == "SAME" and on_cpu():
+        suits_winograd = cpu_kernels.suits_winograd(kernel.shape, strides)
+        if suits_winograd and (relu or pool):
+            return cpu_kernels.conv_relu_pool(x, kernel, bias, relu, pool)
+        if relu and not pool:
+            return cpu_kernels.conv_relu(x, kernel, bias)
     y = conv_general_dilated(x, kernel, strides, padding, dimension_numbers=cpu_kernels.NHWC)
     y = y if bias is None else add_bias(y, bias)
     y = nn.relu(y) if relu else y
