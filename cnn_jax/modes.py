@@ -66,6 +66,7 @@ def train(config: Config, workdir: Path) -> None:
     with runs.claim(workdir, config):
         summary = runs.finished(workdir)
         if summary:
+            _check_photos(config, workdir, summary)
             console.print(f"{workdir} is finished; another --workdir or --set trains anew")
         else:
             dataset = _load_data(config, console)
@@ -84,6 +85,18 @@ def train(config: Config, workdir: Path) -> None:
     else:
         console.print(_result(summary))
     console.print(f"everything about this run is in {workdir}")
+
+
+def _check_photos(config: Config, workdir: Path, summary: dict[str, Any]) -> None:
+    """Refuses to pass off a finished run as one of photos that have come, gone or changed since."""
+    if config.data.name != "folder" or not Path(config.data.dir).is_dir():
+        return
+    trained_on = summary.get("runs", [summary])[0]["data"]["sha256"]
+    if data.load(config.data).sha256 != trained_on:
+        raise UserError(
+            f"{workdir} is finished, and was trained on other photos than {config.data.dir} holds "
+            "now; another --workdir trains on them"
+        )
 
 
 def _log(console: Console, workdir: Path) -> RunLog:

@@ -1,6 +1,7 @@
 """From a folder of all kinds of photos to a fine-tuned classifier, as a user types it."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,20 @@ def test_the_photos_it_gets_most_wrong_are_named(cwd: Path):
     assert result.returncode == 0, result.stderr
     listed = result.stdout.split("most wrong:\n")[1].splitlines()
     assert re.fullmatch(r"  test/red/0.jpg: red, taken for green \(\d+\.\d%\)", listed[0])
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_photos(cwd: Path):
+    shutil.copytree(cwd / "photos", cwd / "album")
+    run = [argument.replace("photos", "album") for argument in RUN]
+    run += ["--set=train.epochs=1", "--workdir=album_run"]
+    assert command(*run, cwd=cwd).returncode == 0
+    assert "album_run is finished" in command(*run, cwd=cwd).stdout
+    (cwd / "album/red/0.jpg").rename(cwd / "album/green/new.jpg")
+    refused = command(*run, cwd=cwd)
+    assert refused.returncode == 2
+    assert "trained on other photos than album holds now" in refused.stderr
+    shutil.rmtree(cwd / "album")
+    assert "album_run is finished" in command(*run, cwd=cwd).stdout
 
 
 def test_a_folder_without_a_name_or_a_checkpoint_says_what_to_set(cwd: Path):
