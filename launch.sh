@@ -44,7 +44,8 @@ install() {
 }
 
 install ""
-for extra in "${extras[@]}"; do install "$extra"; done
+# Before 4.4, bash takes an empty array for an unset variable.
+for extra in ${extras[@]+"${extras[@]}"}; do install "$extra"; done
 
 if [[ ${1:-} == test ]]; then
     shift

@@ -1,4 +1,4 @@
-"""The experiments that `--config` names, each built from another by `replace`.
+"""The configs that `--config` names, each built from another by `replace`.
 
 Hyper-parameters are those of the chapter's listings ("Deep Learning with Azure", chapter 6).
 A docstring's first line, with the chapter's test accuracy, is what `--help` prints.

@@ -1,4 +1,4 @@
-"""A trained network as one file that JAX alone can run, without this project."""
+"""A trained network as one file that runs without this project: it takes jax and flatbuffers."""
 
 from typing import Any
 

@@ -26,9 +26,7 @@ MODES = (
 OF_A_RUN = ("evaluate", "predict", "verify", "features", "figures", "export")
 """The modes that read a trained workdir, and take its config where none is named."""
 
-_CONFIG = flags.DEFINE_string(
-    "config", "quickstart", f"The experiment, one of:\n{configs.listing()}"
-)
+_CONFIG = flags.DEFINE_string("config", "quickstart", f"The config, one of:\n{configs.listing()}")
 _SET = flags.DEFINE_multi_string(
     "set",
     [],

@@ -92,8 +92,8 @@ class Experiment:
 SMALL = (
     "A small VGG (three blocks of one convolution, 16, 32 and 64 filters, then fc128) on 1,000 "
     "training images of each class, for 10 epochs of batches of 64, by momentum SGD at a learning "
-    "rate of 0.01 where nothing else is said: small enough for a run to take about a minute on two "
-    "cores, so large networks may order the variants otherwise. All 10,000 test images are "
+    "rate of 0.01 where nothing else is said: small enough for most runs to take a minute or less "
+    "on one core, so large networks may order the variants otherwise. All 10,000 test images are "
     "evaluated once, at the end. Seeds differ in initial values and in the order of the images, "
     "not in which images they are."
 )
