@@ -62,9 +62,21 @@ class Trainer:
         self.recipe = self._recipes[0]
         names = models.param_names(self.recipe.model, dataset.image_shape)
         optim.check_groups("optim.decays", config.optim.decays, names)
+        for _, groups in self._phases:
+            optim.check_groups("optim.groups", groups, names)
+        self._check_sizes()
         devices.check_batch_size(config.train.batch_size)
         self._examples = devices.replicate((dataset.train.images, dataset.train.labels))
         self._make_keys()
+
+    def _check_sizes(self) -> None:
+        augment, side = self.config.augment, min(self.dataset.image_shape[:2])
+        if augment.translate >= side:
+            raise UserError(f"augment.translate must be less than the images' side, {side}")
+        if augment.cutout >= 2 * side - 1:
+            raise UserError(f"augment.cutout hides all of images with sides of {side}")
+        if self.total_steps >= 2**31:
+            raise UserError(f"train.epochs: {self.total_steps} steps are more than int32 can count")
 
     def _make_keys(self) -> None:
         self._init_key, train_key = jax.random.split(jax.random.key(self.config.seed))
@@ -93,9 +105,12 @@ class Trainer:
         params, batch_stats = state.params, state.batch_stats
         if init.checkpoint:
             fresh = {"params": params, "batch_stats": batch_stats}
-            pretrained = transfer.load_variables(init)
-            params, batch_stats, line = transfer.merge(pretrained, fresh, init)
-            log.say(line)
+            taken = devices.on_main(
+                lambda: transfer.merge(transfer.load_variables(init), fresh, init)
+            )
+            params, batch_stats = devices.from_main(taken[:2] if taken else (params, batch_stats))
+            if taken:
+                log.say(taken[2])
         if init.whiten:
             images, data = self.dataset.train.images, self.config.data
             params = whitening.whiten(
@@ -196,7 +211,8 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
 
     Raises:
         stop.Stopped: SIGTERM or Ctrl-C came; the state is saved and a rerun goes on from it.
-        UserError: the run is no longer finite, or the data is not what the checkpoint saw.
+        UserError: the run is no longer finite, the data is not what the checkpoint saw, or with
+            `patience` the best parameters are damaged.
     """
     settings = trainer.config.train
     with (
@@ -231,7 +247,13 @@ def fit(trainer: Trainer, workdir: Path, log: RunLog) -> tuple[TrainState, Progr
                     saved_at = time.monotonic()
                 if signum:
                     raise Stopped(signum, step)
-        if settings.patience and (restored := _restore(trainer, best, log)):
+        if settings.patience and progress.best_epoch:
+            restored = _restore(trainer, best, log)
+            if restored is None:
+                raise UserError(
+                    f"{best.folder} holds no whole checkpoint of epoch {progress.best_epoch}, the "
+                    "best; another --workdir trains anew"
+                )
             state = devices.place(restored[0])
     return state, progress
 

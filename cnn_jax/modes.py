@@ -63,10 +63,11 @@ def set_up_jax(config: Config) -> None:
 def train(config: Config, workdir: Path) -> None:
     """Trains or resumes a run, and prints its result and where it lies."""
     console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not devices.is_main())
+    if summary := runs.finished(workdir):
+        _check_photos(config, workdir, summary)
     with runs.claim(workdir, config):
         summary = runs.finished(workdir)
         if summary:
-            _check_photos(config, workdir, summary)
             console.print(f"{workdir} is finished; another --workdir or --set trains anew")
         else:
             dataset = _load_data(config, console)
@@ -259,7 +260,7 @@ def find_rate(config: Config, workdir: Path) -> None:
     with runs.claim(workdir, config):
         dataset = _load_data(config, console)
         trainer = loop.Trainer(config, dataset)
-        n_steps = min(trainer.steps_per_epoch, rate_finder.STEPS)
+        n_steps = rate_finder.STEPS
         recipe = rate_finder.make_recipe(config, len(dataset.class_names), n_steps)
         state = trainer.start(RunLog(workdir, console))
         images, labels = dataset.train.images, dataset.train.labels

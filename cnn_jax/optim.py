@@ -125,15 +125,18 @@ def _decays(config: OptimConfig) -> list[optax.GradientTransformation]:
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, phases: Phases = ((0, ()),)
+    config: OptimConfig, phases: Phases = ((0, ()),)
 ) -> optax.GradientTransformation:
     """Returns clipping, weight decay, the optimizer and the groups' multipliers as one.
+
+    Its updates are those of a learning rate of 1, to be multiplied by the schedule's: steps are
+    counted in one place, and the rate that a run records is the one that it applies.
 
     It is that of the last of `phases`, and is given the trainable part of the parameters alone,
     so what is frozen has no state and no say in the norm. What has been trained since different
     phases is counted apart: Adam corrects its averages for the steps that a parameter has seen.
 
-    Momentum is v = momentum * v + gradient; update = -rate * v, as in TensorFlow's
+    Momentum is v = momentum * v + gradient; update = -v, as in TensorFlow's
     MomentumOptimizer, which the chapter uses. Adam and RMSProp keep optax' other constants.
     """
     steps = []
@@ -142,11 +145,10 @@ def make_optimizer(
     if config.name != "adamw":
         steps += _decays(config)
     if len(config.phases) < 2:
-        steps.append(_update_rule(config, schedule))
+        steps.append(_update_rule(config))
     else:
         rules: dict[Hashable, optax.GradientTransformation] = {
-            str(start): _update_rule(config, partial(_shifted, schedule, start))
-            for start, _ in phases
+            str(start): _update_rule(config) for start, _ in phases
         }
         labels = partial(trees.map_named, lambda name, _: str(_trained_since(phases, name)))
         steps.append(optax.partition(rules, labels))
@@ -162,22 +164,18 @@ def make_optimizer(
     return optax.chain(*steps)
 
 
-def _update_rule(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _update_rule(config: OptimConfig) -> optax.GradientTransformation:
     if config.name == "adam":
-        return optax.adam(schedule)
+        return optax.adam(1.0)
     if config.name == "adamw":
-        rate = optax.scale_by_learning_rate(schedule)
+        rate = optax.scale_by_learning_rate(1.0)
         return optax.chain(optax.scale_by_adam(), *_decays(config), rate)
     if config.name == "rmsprop":
-        return optax.rmsprop(schedule)
+        return optax.rmsprop(1.0)
     if config.name == "sgd":
-        return optax.sgd(schedule)
+        return optax.sgd(1.0)
     nesterov = config.name == "nesterov"
-    return optax.sgd(schedule, momentum=config.momentum, nesterov=nesterov)
-
-
-def _shifted(schedule: optax.Schedule, start: int, count: Any) -> Any:
-    return schedule(count + start)
+    return optax.sgd(1.0, momentum=config.momentum, nesterov=nesterov)
 
 
 def _trained_since(phases: Phases, name: str) -> int:

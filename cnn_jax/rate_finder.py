@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from cnn_jax import optim, train
+from cnn_jax import devices, optim, train
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError
 from cnn_jax.train import Recipe, TrainState
 
 LOWEST, HIGHEST = 1e-5, 10.0
 STEPS = 100
-"""Enough for a smooth curve; sets of fewer batches are passed through once."""
+"""Enough for a smooth curve; sets of fewer batches are passed through several times."""
 _SMOOTHING = 0.9  # Of the running mean of the losses.
 _DIVERGED = 4.0  # Times the least of the smoothed losses.
 
@@ -52,7 +52,7 @@ def make_recipe(config: Config, n_classes: int, n_steps: int) -> Recipe:
         train.make_recipe(config, n_classes, steps_per_epoch=1),
         schedule=schedule,
         average_decay=None,  # which is a function of the whole run, and of these steps none
-        optimizer=optim.make_optimizer(config.optim, schedule, phases[:1]),
+        optimizer=optim.make_optimizer(config.optim, phases[:1]),
     )
 
 
@@ -65,18 +65,20 @@ def sweep(
     key: Key[Array, ""],
     n_steps: int,
 ) -> tuple[Int[Array, ""], Float[Array, "n_steps"], Float[Array, "n_steps"]]:
-    """Trains until the loss diverges, at most `n_steps` and one pass over the images.
+    """Trains until the loss diverges, at most `n_steps`.
 
     Returns how many steps were run, their losses and the smoothed losses: running means, corrected
     for their start at 0. Diverged is a smoothed loss of four times the least, or one not finite.
     """
     order_key, step_key, flip_key = jax.random.split(key, 3)
-    epoch = jnp.zeros((), jnp.int32)
-    order = train.epoch_order(order_key, epoch, len(images), recipe.batch_size)
+    n, n_batches = len(images), -(-len(images) // recipe.batch_size)
 
     def body(carry: Any) -> Any:
         i, state, losses, smoothed, mean, _ = carry
-        batch = train.take_batch(recipe, images, labels, order[i], flip_key, epoch)
+        epoch = i // n_batches
+        order = train.epoch_order(order_key, epoch, n, recipe.batch_size)
+        index = devices.spread(order[i % n_batches])
+        batch = train.take_batch(recipe, images, labels, index, flip_key, epoch)
         key = jax.random.fold_in(step_key, i)
         state, sums, _ = train.train_step(recipe, state, batch, key, is_last=jnp.array(False))
         loss = sums.loss / sums.count
@@ -88,7 +90,7 @@ def sweep(
         return i + 1, state, losses, smoothed, mean, diverged
 
     def goes_on(carry: Any) -> Array:
-        return (carry[0] < min(n_steps, len(order))) & ~carry[-1]
+        return (carry[0] < n_steps) & ~carry[-1]
 
     start = jnp.zeros((), jnp.int32), state, *[jnp.full(n_steps, jnp.inf)] * 2, jnp.zeros(())
     n_run, _, losses, smoothed, *_ = jax.lax.while_loop(goes_on, body, (*start, jnp.array(False)))
@@ -103,7 +105,7 @@ def find(
     key: Key[Array, ""],
     n_steps: int,
 ) -> Found:
-    """Runs `sweep` with a recipe of `make_recipe`, and returns the steps before divergence.
+    """Runs `sweep` with a recipe of `make_recipe`, and returns its steps of a finite loss.
 
     Raises:
         UserError: there are none, as the loss of the first step is not finite.

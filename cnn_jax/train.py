@@ -104,7 +104,7 @@ def make_recipe(config: Config, n_classes: int, steps_per_epoch: int, phase: int
     phases = optim.make_phases(config.optim, len(config.model.blocks), steps_per_epoch)
     return Recipe(
         model=models.build(config.model, n_classes),
-        optimizer=optim.make_optimizer(config.optim, schedule, phases[: phase + 1]),
+        optimizer=optim.make_optimizer(config.optim, phases[: phase + 1]),
         schedule=schedule,
         groups=phases[phase][1],
         cache=None,
@@ -238,6 +238,7 @@ def _gradients(
     def add_part(carry: Any, part: Any) -> tuple[Any, None]:
         grads, batch_stats, sums = carry
         batch, index = part
+        batch = jax.tree.map(devices.spread, batch)  # else each device would compute all of it
         part_key = jax.random.fold_in(key, index)
         new_grads, (new_sums, batch_stats) = grad(trainable, batch_stats, batch, part_key)
         carry = jax.tree.map(jnp.add, grads, new_grads), batch_stats
@@ -278,12 +279,19 @@ def train_step(
     return replace(state, step=state.step + 1), sums, norm
 
 
+def learning_rate(recipe: Recipe, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns the learning rate of the step after `step` steps, of which some may be skipped."""
+    return jnp.asarray(recipe.schedule(step), jnp.float32)
+
+
 def _update(
     recipe: Recipe, state: TrainState, grads: Any, batch_stats: Any, sums: Sums
 ) -> TrainState:
     """Returns the state after the optimizer's step, which is counted elsewhere."""
     trainable = optim.trainable_part(state.params, recipe.groups)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, trainable)
+    rate = learning_rate(recipe, state.step)
+    updates = jax.tree.map(lambda update: rate * update, updates)
     trainable = optax.apply_updates(trainable, updates)
     new, average = {"params": trainable, "batch_stats": batch_stats}, state.average
     if recipe.average_decay:
@@ -328,7 +336,7 @@ def train_segment(
 
     def body(i: Array, carry: tuple[TrainState, History]) -> tuple[TrainState, History]:
         state, history = carry
-        rate = jnp.asarray(recipe.schedule(state.step), jnp.float32)
+        rate = learning_rate(recipe, state.step)
         index = devices.spread(order[state.step % steps_per_epoch])
         batch = take_batch(recipe, images, labels, index, flip_key, epoch)
         key = jax.random.fold_in(step_key, state.step)

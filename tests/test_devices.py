@@ -94,18 +94,38 @@ print("f32[3,32,32,16]" in trainer.compiled.as_text())
 """
 
 
-def test_each_device_computes_its_share_and_no_more():
+def on_eight(program: str) -> list[str]:
+    """Returns the lines that a program prints that sees eight devices."""
     result = subprocess.run(
-        [sys.executable, "-c", SHARES],
+        [sys.executable, "-c", program],
         env={**os.environ, **EIGHT, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert result.stdout.splitlines() == [
-        "(4096, 512) (4096, 64)",
-        "True",
-        "True",
-        "False",
-        "True",
-    ], result.stderr
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_each_device_computes_its_share_and_no_more():
+    assert on_eight(SHARES) == ["(4096, 512) (4096, 64)", "True", "True", "False", "True"]
+
+
+PARTS = """
+from cnn_jax import configs, layers, loop
+from cnn_jax.config import with_overrides
+from cnn_jax.data import load
+
+blocks, batch, parts = "model.blocks=[[16]]", "train.batch_size=32", "train.accumulate=2"
+config = with_overrides(configs.get("quickstart"), [blocks, batch, parts])
+trainer = loop.Trainer(config, load(config.data))
+with layers.portable():
+    trainer.compile(trainer.init())
+program = trainer.compiled.as_text()
+print([n for n in (2, 4, 16, 32) if f"f32[{n},32,32,16]" in program])
+"""
+
+
+def test_parts_of_a_batch_are_spread_over_the_devices():
+    """As XLA's own convolutions, of which it would else give every device all."""
+    assert on_eight(PARTS) == ["[2]"]

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from test_train import edit, run
 
@@ -44,9 +43,10 @@ def test_groups_that_do_not_divide_up_the_parameters_list_both_sides():
 
 
 def test_groups_are_checked_before_the_first_step(tiny: Config, dataset: ImageDataset):
-    trainer = loop.Trainer(edit(tiny, optim={"groups": (("haed/.*", 1.0),)}), dataset)
-    with pytest.raises(UserError, match=r"block1/conv1/bias.*haed"):
-        trainer.init()
+    wrong = (("haed/.*", 1.0),)
+    for optimizer in ({"groups": wrong}, {"phases": ((0, ((".*", 1.0),)), (1, wrong))}):
+        with pytest.raises(UserError, match=r"block1/conv1/bias.*haed"):
+            loop.Trainer(edit(tiny, optim=optimizer), dataset)
 
 
 def test_last_is_the_number_of_the_last_block(tiny: Config):
@@ -93,7 +93,7 @@ def test_the_norm_that_is_clipped_is_of_the_trainable_part():
     config = replace(Config().optim, name="sgd", learning_rate=1.0, clip_norm=1.0, groups=groups)
     params = {"a": {"kernel": jnp.zeros(2)}, "b": {"kernel": jnp.zeros(1)}}
     trainable = optim.trainable_part(params, groups)
-    tx = optim.make_optimizer(config, optax.constant_schedule(1.0), ((0, groups),))
+    tx = optim.make_optimizer(config, ((0, groups),))
     grads = optim.trainable_part(
         {"a": {"kernel": jnp.array([3.0, 4.0])}, "b": {"kernel": jnp.array([1e6])}}, groups
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,6 +66,23 @@ def test_two_processes_are_stopped_resume_and_agree_with_one(tmp_path: Path):
     together, alone = summary(tmp_path / "0/run"), summary(tmp_path / "run")
     assert (together["device"]["count"], alone["device"]["count"]) == (2, 1)
     np.testing.assert_allclose(together["test_loss"], alone["test_loss"], rtol=1e-4)
+
+
+def test_two_processes_start_from_another_run(tmp_path: Path):
+    """The parameters are the main process', which alone is told where they lie as a whole."""
+    assert wait([start(*RUN, cwd=tmp_path)])[0][0] == 0
+    source = tmp_path / "run"
+    shutil.copytree(source, tmp_path / "1/source")
+    shutil.rmtree(tmp_path / "1/source/checkpoints")
+    shutil.copytree(source, tmp_path / "0/source")
+    tuned = (*RUN, "--set=init.checkpoint=source", "--set=train.epochs=1")
+    alone = start(*tuned, cwd=tmp_path / "0", JAX_NUM_CPU_DEVICES="1")
+    assert wait([alone])[0][0] == 0
+    (tmp_path / "0/run").rename(tmp_path / "alone")
+    (code, output, errors), (other_code, _, other_errors) = wait(launch(tmp_path, *tuned))
+    assert (code, other_code) == (0, 0), errors + other_errors
+    assert "arrays from source" in output
+    np.testing.assert_allclose(losses(tmp_path / "0/run"), losses(tmp_path / "alone"), rtol=2e-5)
 
 
 def test_a_mistake_of_the_main_process_ends_both_in_one_line(tmp_path: Path):

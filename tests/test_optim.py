@@ -18,10 +18,11 @@ GRADS = [
 
 def run(config: OptimConfig, grads: list = GRADS) -> dict[str, np.ndarray]:
     """Returns the parameters after one update per gradient."""
-    tx = optim.make_optimizer(config, optim.make_schedule(config, 10, 1))
+    tx, schedule = optim.make_optimizer(config), optim.make_schedule(config, 10, 1)
     params, state = PARAMS, tx.init(PARAMS)
-    for grad in grads:
+    for step, grad in enumerate(grads):
         updates, state = tx.update(grad, state, params)
+        updates = optax.tree.scale(schedule(step), updates)
         params = optax.apply_updates(params, updates)
     return jax.tree.map(np.asarray, params)
 

@@ -65,6 +65,17 @@ def test_steps_are_those_of_training_at_the_rising_rate(tiny: Config, dataset: I
     np.testing.assert_allclose(found.smoothed, expected, rtol=1e-5)
 
 
+def test_few_images_are_passed_through_several_times(tiny: Config, dataset: ImageDataset):
+    """At rates that change nothing, each pass of three batches sees every image once."""
+    config = edit(small(tiny), optim={"name": "sgd"})
+    found = find(config, dataset, rate_finder.STEPS)
+    assert len(found.losses) > 30
+    first, second = found.losses[:3], found.losses[3:6]
+    sizes = np.array([8, 8, 6])
+    assert sizes @ first == pytest.approx(sizes @ second, rel=1e-3)
+    assert not np.allclose(first, second, rtol=1e-3)  # in another order
+
+
 def test_it_stops_where_the_loss_diverges(tiny: Config, dataset: ImageDataset):
     """Batches of 1, so 22 steps; a network without dropout explodes before the last rate, 10."""
     config = edit(tiny, model={"dropout": 0.0}, train={"batch_size": 1})

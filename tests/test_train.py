@@ -388,6 +388,37 @@ def test_early_stopping_returns_the_best_parameters(
     assert trees.sha256(state) == trees.sha256(expected)
 
 
+def test_a_damaged_best_checkpoint_is_not_replaced_by_the_last_state(
+    tiny: Config, dataset: ImageDataset, workdir: Path
+):
+    config = edit(tiny, train={"epochs": 3, "patience": 3})
+    _, progress = loop.fit(loop.Trainer(config, dataset), workdir, quiet(workdir))
+    for path in (workdir / "checkpoints/best").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    said = f"checkpoints/best holds no whole checkpoint of epoch {progress.best_epoch}, the best"
+    with pytest.raises(UserError, match=said):
+        loop.fit(loop.Trainer(config, dataset), workdir, quiet(workdir))
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"augment": {"translate": 8}}, "augment.translate must be less than the images' side, 8"),
+        ({"augment": {"cutout": 15}}, "augment.cutout hides all of images with sides of 8"),
+        ({"train": {"epochs": 2**30}}, "train.epochs: 3221225472 steps are more than int32"),
+    ],
+)
+def test_what_the_images_rule_out_is_refused(
+    tiny: Config, dataset: ImageDataset, sections: dict, said: str
+):
+    with pytest.raises(UserError, match=said):
+        loop.Trainer(edit(tiny, **sections), dataset)
+    allowed = {k: {name: n - 1 for name, n in v.items()} for k, v in sections.items()}
+    if "augment" in sections:
+        loop.Trainer(edit(tiny, **allowed), dataset)
+
+
 def test_checkpoints_are_saved_in_an_epoch_when_due(
     tiny: Config, dataset: ImageDataset, workdir: Path
 ):
@@ -513,6 +544,26 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     assert trees.sha256(run(loop.Trainer(config, dataset), 1)[0]) == trees.sha256(
         run(trainer, 1)[0]
     )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("phases", [(), ((0, ((".*", 1.0),)), (1, ((".*", 1.0),)))])
+def test_a_step_has_its_own_rate_however_many_were_skipped_before(
+    tiny: Config, dataset: ImageDataset, optimizer: str, phases: tuple
+):
+    """The optimizer's state is that of a first step at steps 0 and 4 of 6."""
+    settings = {"name": optimizer, "schedule": "linear", "phases": phases}
+    trainer = loop.Trainer(no_dropout(edit(tiny, optim=settings)), dataset)
+    images, labels = dataset.train.images[:8], dataset.train.labels[:8]
+    batch = train.Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(8))
+
+    def moved(step: int) -> np.ndarray:
+        state = replace(trainer.init(), step=jnp.int32(step))
+        after, *_ = train.train_step(trainer.recipe, state, batch, jax.random.key(0))
+        before, after = (s.params["head"]["kernel"] for s in (trainer.init(), after))
+        return np.asarray(after - before)
+
+    np.testing.assert_allclose(moved(4), moved(0) / 3, rtol=1e-3, atol=1e-7)
 
 
 def test_skipping_changes_nothing_where_all_is_finite(tiny: Config, dataset: ImageDataset):

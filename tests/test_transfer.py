@@ -5,7 +5,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -165,17 +164,6 @@ def test_phases_train_what_they_name_and_keep_velocities(
         kept = [name for name in before if "/trace/" in name]
         assert all(np.array_equal(entered[step][name], before[name]) for name in kept)
         assert step == 0 or any(np.any(before[name]) for name in kept)
-
-
-def test_the_rate_goes_on_where_a_parameter_joins_late(tiny: Config, dataset: ImageDataset):
-    """What is trained from step 3 on takes the schedule's step 3, not its first."""
-    settings = replace(tiny.optim, name="sgd", phases=((0, (HEAD, FROZEN)), (1, ((".*", 0.5),))))
-    phases = optim.make_phases(settings, 2, 3)
-    tx = optim.make_optimizer(settings, lambda step: 1.0 + step, phases)
-    params = {name: {"bias": np.zeros(1, np.float32)} for name in ("head", "fc1")}
-    updates, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
-    np.testing.assert_allclose(updates["fc1"]["bias"], [-2.0])  # 0.5 * (1 + 3)
-    np.testing.assert_allclose(updates["head"]["bias"], [-0.5])  # its own count starts at 0
 
 
 def test_adam_corrects_its_averages_for_the_steps_a_parameter_has_seen(
