@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 
-from cnn_jax.errors import UserError, printable
+from cnn_jax.errors import UserError, one_line, printable
 from cnn_jax.stop import Stopped
 
 
@@ -25,19 +25,23 @@ def run(main: Callable[[list[str]], None]) -> None:
         except SystemExit:
             sys.exit(0)  # absl has printed the help that was asked for, and would exit with 1
 
-    def guarded(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except UserError as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            print("interrupted; nothing was left half done", file=sys.stderr)
-            sys.exit(130)
-        except Stopped as stopped:
-            print(f"{stopped}; the same command resumes", file=sys.stderr)
-            sys.exit(stopped.exit_code)
+    app.run(lambda argv: guarded(main, argv), flags_parser=parse)
 
-    app.run(guarded, flags_parser=parse)
+
+def guarded(main: Callable[..., None], *args: Any) -> None:
+    """Runs `main(*args)`, and ends the process as `run` says."""
+    try:
+        main(*args)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:  # of a disk that is full or gone, where nothing says it better
+        _fail(one_line(error))
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half done", file=sys.stderr)
+        sys.exit(130)
+    except Stopped as stopped:
+        print(f"{stopped}; the same command resumes", file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 def _fail(line: str) -> NoReturn:

@@ -137,6 +137,11 @@ class ModelConfig:
             "model.name=airbench has pools and initial values of its own; leave model.pooling and "
             "model.initializer out",
         )
+        sizes = (*map(len, self.blocks), len(self.dense))
+        _check(
+            self.name != "vgg16" or sizes == (2, 2, 3, 3, 3, 2),
+            "model.name=vgg16 has blocks of 2, 2, 3, 3 and 3 convolutions and two dense layers",
+        )
         _check(0 <= self.dropout < 1, "model.dropout must be in [0, 1)")
         _check(
             not self.dropout or bool(self.dense),
@@ -165,6 +170,7 @@ class InitConfig:
             _check_pattern("init.skip", pattern)
         if not self.checkpoint:
             _check(not self.kind, "init.kind is read only with init.checkpoint")
+            _check(not self.skip, "init.skip is read only with init.checkpoint")
         both = self.checkpoint and self.whiten
         _check(not both, "init.whiten would replace what init.checkpoint holds; set one of them")
 
@@ -455,7 +461,7 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
         kinds = args if args[-1] is not Ellipsis else [args[0]] * len(value)
         return tuple(_convert(v, k, path) for v, k in zip(value, kinds, strict=True))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not kind:
         raise UserError(f"{path}={value}: expected {kind.__name__}")
     if kind is float and not math.isfinite(value):

@@ -50,12 +50,14 @@ def conv_general_dilated(
     """Does what lax.conv_general_dilated does, for `nn.Conv(conv_general_dilated=...)`.
 
     On a CPU the case whose shapes stand above is fast, forward and in reverse mode: NHWC images,
-    HWIO kernel, one group, no dilation. It has no forward mode, and second derivatives in float32
-    alone. Anything else goes to lax. Sums are float32, so results differ from lax's by rounding
-    alone.
+    HWIO kernel, one group, no dilation, float32 or bfloat16. It has no forward mode, and second
+    derivatives in float32 alone. Anything else goes to lax. Sums are float32, so results differ
+    from lax's by rounding alone.
     """
     fast = (
         lhs.ndim == 4
+        and lhs.dtype == rhs.dtype
+        and lhs.dtype in (jnp.float32, jnp.bfloat16)
         and dimension_numbers is not None
         and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         == lax.conv_dimension_numbers(lhs.shape, rhs.shape, cpu_kernels.NHWC)
@@ -108,7 +110,8 @@ def dot_general(
     XLA takes twice as long for products that are bfloat16, and for transposed ones eight times.
     """
     dense = (((lhs.ndim - 1,), (0,)), ((), ()))
-    if lhs.dtype == rhs.dtype == jnp.bfloat16 and dimension_numbers == dense and on_cpu():
+    low = lhs.dtype == rhs.dtype == jnp.bfloat16 and not any(others.values())
+    if low and dimension_numbers == dense and on_cpu():
         product = cpu_kernels.dense(lhs.reshape(-1, lhs.shape[-1]), rhs)
         return product.reshape(*lhs.shape[:-1], rhs.shape[1])
     return lax.dot_general(lhs, rhs, dimension_numbers, **others)
@@ -189,7 +192,7 @@ def max_pool(
     Where several inputs of a window are its maximum, the first in row-major order gets the whole
     gradient. So does XLA's own, which means that results do not depend on the platform.
     """
-    if inputs.ndim != 4 or not on_cpu():
+    if inputs.ndim != 4 or not jnp.issubdtype(inputs.dtype, jnp.floating) or not on_cpu():
         return nn.max_pool(inputs, window_shape, strides, padding)  # pyright: ignore
     window = (window_shape[0], window_shape[1])
     steps = (strides[0], strides[1]) if strides else (1, 1)

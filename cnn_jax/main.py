@@ -23,7 +23,7 @@ MODES = (
     "export",
     "find_rate",
 )
-OF_A_RUN = ("evaluate", "predict", "verify", "features", "figures", "export")
+OF_A_RUN = ("evaluate", "summary", "predict", "verify", "features", "figures", "export")
 """The modes that read a trained workdir, and take its config where none is named."""
 
 _CONFIG = flags.DEFINE_string("config", "quickstart", f"The config, one of:\n{configs.listing()}")

@@ -174,7 +174,8 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+    text = path.read_text(errors="replace")  # so that a damaged line is named like any other
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
         try:
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break

@@ -59,7 +59,8 @@ def all_finite(tree: Any) -> jax.Array:
 def sha256(tree: Any) -> str:
     """Returns the SHA-256 of every leaf's name, dtype, shape and bytes, in name order, as hex.
 
-    Equal hashes mean bitwise equal trees; where the arrays lie (device, sharding) plays no part.
+    Equal hashes mean bitwise equal trees, but for the shapes () and (1,), taken for one another;
+    where the arrays lie (device, sharding) plays no part.
     """
     digest = hashlib.sha256()
     for name, leaf in named_leaves(tree).items():

@@ -123,8 +123,8 @@ def test_a_damaged_checkpoint_is_not_loaded_outside_training(workdir: Path, dama
         checkpoint.load(workdir, "latest", everything)
 
 
-def test_every_bit_counts(workdir: Path):
-    """Bits of the whole array file, one after the other: all of them are noticed."""
+def test_bits_all_over_the_array_file_count(workdir: Path):
+    """A bit at each of some 24 places, from the first byte to the last: all are noticed."""
     save(workdir, 1)
     folder = workdir / "checkpoints/latest/1"
     path = largest_file(folder / "state")

@@ -385,3 +385,28 @@ def test_dense_of_float32_is_lax_s_own():
         strict=True,
     ):
         np.testing.assert_array_equal(actual, expected)
+
+
+def test_what_is_no_convolution_of_one_float_type_is_laxs():
+    x, kernel = normal(0, 2, 8, 8, 16), normal(1, 3, 3, 16, 16)
+    whole = [jnp.round(4 * array).astype(jnp.int32) for array in (x, kernel)]
+    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    expected = lax.conv_general_dilated(*whole, (1, 1), "SAME", **numbers)
+    ours = layers.conv_general_dilated(*whole, (1, 1), "SAME", **numbers)
+    np.testing.assert_array_equal(ours, expected)
+    with pytest.raises(TypeError):
+        layers.conv_general_dilated(x, kernel.astype(jnp.bfloat16), (1, 1), "SAME", **numbers)
+
+
+def test_whole_numbers_are_pooled_as_by_flax():
+    x = jnp.round(4 * normal(0, 2, 6, 6, 3)).astype(jnp.int32)
+    expected = nn.max_pool(x, (2, 2), (2, 2))
+    np.testing.assert_array_equal(layers.max_pool(x, (2, 2), (2, 2)), expected)
+
+
+def test_a_product_has_the_type_that_was_asked_for():
+    x, kernel = (normal(i, 8, 8).astype(jnp.bfloat16) for i in (0, 1))
+    numbers = (((1,), (0,)), ((), ()))
+    assert layers.dot_general(x, kernel, numbers).dtype == jnp.bfloat16
+    wide = layers.dot_general(x, kernel, numbers, preferred_element_type=jnp.float32)
+    assert wide.dtype == jnp.float32

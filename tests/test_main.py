@@ -143,6 +143,20 @@ def test_a_finished_run_is_not_run_again(trained: Path):
     assert (trained / "run/summary.json").read_text() == before
 
 
+def test_a_summary_of_a_workdir_is_of_its_own_network(trained: Path):
+    shown = command("--mode=summary", "--workdir=run", cwd=trained).stdout
+    assert shown == command("--mode=summary", *SMALL, cwd=trained).stdout
+    assert shown != command("--mode=summary", cwd=trained).stdout
+    assert "gone/config.json" in mistake("--mode=summary", "--workdir=gone", cwd=trained)
+
+
+def test_what_can_not_be_written_is_one_line(trained: Path):
+    (trained / "run/features").write_text("no folder")
+    line = mistake("--mode=features", "--workdir=run", cwd=trained)
+    assert "run/features" in line
+    (trained / "run/features").unlink()
+
+
 def test_another_config_is_refused_in_a_workdir(trained: Path):
     line = mistake(*SMALL, "--set=seed=7", "--workdir=run", cwd=trained)
     assert "seed: 0 -> 7" in line
@@ -187,5 +201,6 @@ def test_the_default_workdir_is_named_by_what_was_changed(tmp_path: Path):
 
 
 def test_a_workdir_without_a_checkpoint_is_one_line(tmp_path: Path):
-    assert command(*SMALL[:-2], "--set=train.epochs=0", "--workdir=run", cwd=tmp_path)
+    empty = command(*SMALL[:-2], "--set=train.epochs=0", "--workdir=run", cwd=tmp_path)
+    assert empty.returncode == 0
     assert "no checkpoint" in mistake("--mode=evaluate", "--workdir=run", cwd=tmp_path)

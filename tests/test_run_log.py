@@ -4,8 +4,10 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog
 
 
@@ -42,6 +44,13 @@ def test_a_rerun_drops_what_it_will_write_again_and_a_cut_line(workdir: Path):
     with log.running(2, 4, 2):
         log.segment([line(3), line(4)], 1)
     assert [entry["step"] for entry in read(workdir)] == [1, 2, 3, 4]
+
+
+def test_a_line_that_is_no_text_is_named(workdir: Path):
+    log, _ = log_to(workdir)
+    (workdir / "metrics.jsonl").write_bytes(json.dumps(line(1)).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"), log.running(2, 4, 2):
+        pass
 
 
 def test_plain_output_has_a_line_an_epoch_and_no_control_codes(workdir: Path):
