@@ -79,7 +79,9 @@ class Competitor:
 
 def check_losses(ours: Competitor, torch: Competitor, dropout: float) -> float | None:
     """Returns the largest difference of the first losses; None where dropout makes them differ."""
-    a, b = (competitor.run(_CHECKED_STEPS)["losses"] for competitor in (ours, torch))
+    a, b = (competitor.run(_CHECKED_STEPS).get("losses") for competitor in (ours, torch))
+    if not (a and b):
+        raise SystemExit("a competitor has died; it said why above")
     if dropout:
         return None
     difference = max(abs(x - y) for x, y in zip(a, b, strict=True))
@@ -93,6 +95,8 @@ def time_model(name: str, batch_size: str, folder: Path) -> list[dict[str, Any]]
     from cnn_jax import configs, models
 
     config = configs.get(name)
+    if config.model.name not in ("simple_cnn", "vgg") or config.optim.name != "momentum":
+        raise SystemExit(f"{name}: the competitors have no such network or optimizer")
     flops = (
         3
         * int(batch_size)
@@ -131,6 +135,8 @@ def time_model(name: str, batch_size: str, folder: Path) -> list[dict[str, Any]]
     for competitor in (*competitors.values(), gemm):
         competitor.stop()
     ours = rounds["cnn_jax float32"]
+    if len(ours) < _ROUNDS.value:
+        raise SystemExit("this project's own process has died; it said why above")
     return [
         {
             "model": name,
@@ -143,7 +149,7 @@ def time_model(name: str, batch_size: str, folder: Path) -> list[dict[str, Any]]
             "loss_difference": difference,
         }
         for kind, seconds in rounds.items()
-        if seconds
+        if len(seconds) == _ROUNDS.value  # One that has died is left out.
     ]
 
 

@@ -40,6 +40,7 @@ _WIDTH, _DPI = 6.0, 160  # Inches, of 72 points, and so 960 pixels.
 _TITLE, _SMALL = 10, 8  # Points; other text is matplotlib's 10, or 9 where it is much.
 _FILTERS, _MAPS, _CLASSES = 64, 8, 20  # Drawn of a layer's filters, its maps, and a set's classes.
 _ENLARGED = 6  # Pixels of a weight in the picture of a filter.
+_LONG_NAME = 12  # Characters: of longer names no three fit beside each other in a legend.
 _NUMBERED = 20  # Up to so many classes the cells of a confusion matrix hold numbers.
 
 
@@ -246,7 +247,7 @@ def learning_curves(
         axes[1].legend(fontsize=_SMALL)
     else:  # Many lines, and none of them hidden.
         entries = axes[1].get_legend_handles_labels()
-        columns = min(len(histories), 3)
+        columns = min(len(histories), 3 if max(map(len, histories)) <= _LONG_NAME else 2)
         figure.legend(*entries, loc="outside upper center", fontsize=_SMALL, ncols=columns)
     return figure
 

@@ -317,6 +317,8 @@ def load_ended(workdir: Path, run_config: Config, dataset: ImageDataset, kind: s
     check_classes(workdir, trained, dataset)
     logits = trained.logits(dataset.test.images)
     test = evaluate.score(logits, dataset.test.labels, losses.from_config(run_config.train))
+    epochs = trained.step // -(-len(dataset.train) // run_config.train.batch_size)
+    summary = {**summary, "epochs": epochs}  # those of `kind`
     return Run(summary, read_metrics(workdir), dataset, trained.model, trained.variables, test)
 
 

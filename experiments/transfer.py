@@ -20,10 +20,22 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from cnn_jax import config, configs, data, devices, features, figures, loop, modes, runs, transfer
+from cnn_jax import (
+    command,
+    config,
+    configs,
+    data,
+    devices,
+    features,
+    figures,
+    loop,
+    modes,
+    runs,
+    transfer,
+)
 from cnn_jax.config import AugmentConfig, Config, InitConfig, ModelConfig, TrainConfig
 from cnn_jax.run_log import RunLog
-from experiments import plots, rows
+from experiments import plots, report, rows
 
 OLD = ("airplane", "automobile", "bird", "cat", "deer")
 NEW = ("dog", "frog", "horse", "ship", "truck")
@@ -125,8 +137,8 @@ def best_rate(method: str, source: Path, epochs: int, folder: Path) -> tuple[flo
         wanted = replace(wanted, data=replace(wanted.data, validation=0.05))
         workdir = folder / f"{method}-{rate:g}"
         path = workdir / "validation.json"
-        if not path.exists():
-            with runs.claim(workdir, wanted):
+        with runs.claim(workdir, wanted):  # which refuses what other settings have left there
+            if not path.exists():
                 runs.write_json(path, validate(wanted, workdir))
         accuracies[f"{rate:g}"] = json.loads(path.read_text())
         print(f"{method}, rate {rate:g}: validation {accuracies[f'{rate:g}']:.2%}", flush=True)
@@ -182,8 +194,7 @@ def table(found: dict[str, np.ndarray]) -> str:
     lines = ["| method | " + " | ".join(f"{s} a class" for s in SHOTS) + " |"]
     lines.append("|---|" + "---|" * len(SHOTS))
     for method, values in found.items():
-        means, stds = plots.mean_and_std(100 * values)
-        cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(means, stds, strict=True)]
+        cells = [report.cell("test_accuracy", of_shots.tolist()) for of_shots in values]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -221,6 +232,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each result")
     parser.add_argument("--quick", action="store_true", help="few epochs, to try the script")
     arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error("--seeds must be 1 or more")
     wanted = pretraining(1 if arguments.quick else 30)
     epochs: dict[int, int] = dict.fromkeys(SHOTS, 10) if arguments.quick else EPOCHS
     modes.set_up_jax(wanted)
@@ -228,12 +241,13 @@ def main() -> None:
     source = arguments.runs / "pretrained"
     accuracy = train(wanted, source)
     print(f"pretrained on {', '.join(OLD)}: {accuracy:.2%}", flush=True)
+    # What follows from a network lies in a folder of its own: another one is not to be mixed in.
+    folder = arguments.runs / (runs.finished(source) or {})["params_sha256"][:8]
     tuned = {
-        method: best_rate(method, source, epochs[100], arguments.runs / "tuning")
-        for method in TRAINED
+        method: best_rate(method, source, epochs[100], folder / "tuning") for method in TRAINED
     }
     rates = {method: rate for method, (rate, _) in tuned.items()}
-    measured = list(measure(arguments.runs, source, arguments.seeds, epochs, rates))
+    measured = list(measure(folder, source, arguments.seeds, epochs, rates))
     about = {
         "pretrained_test_accuracy": accuracy,
         "pretraining": config.to_dict(wanted),
@@ -252,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.guarded(main)

@@ -674,7 +674,7 @@ def test_means_leave_out_what_is_missing():
     np.testing.assert_allclose(deviations, [0.18027756377319948, 0, 0], rtol=1e-12)
 
 
-@pytest.mark.parametrize(("seeds", "cell"), [(1, "| 30.0 ± 0.0 |"), (2, "| 35.0 ± 7.1 |")])
+@pytest.mark.parametrize(("seeds", "cell"), [(1, "| 30.0 |"), (2, "| 35.0 ± 7.1 |")])
 def test_the_table_of_transfer_has_a_mean_for_each_method_and_number(seeds: int, cell: str):
     measured = [
         {"method": method, "shots": shots, "seed": seed, "test_accuracy": 0.3 + 0.1 * seed}

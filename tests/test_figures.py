@@ -155,6 +155,16 @@ def test_curves_tell_parts_and_runs_apart_without_colours():
     np.testing.assert_array_equal(loss.lines[0].get_ydata(), steps[1])
 
 
+@pytest.mark.parametrize("n_letters", [12, 13, 24])
+def test_the_legend_of_many_runs_stays_in_the_figure(n_letters: int):
+    values = np.array([0.5, 0.75])
+    parts = {part: figures.Measured(values, values, values) for part in ("train", "test, once")}
+    figure = figures.learning_curves({f"{i}{(n_letters - 1) * 'e'}": parts for i in range(4)})
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_what_was_measured_once_is_a_larger_hollow_marker():
     """Of several runs it has its run's colour and kind of marker, as the curves do."""
     values = np.array([0.5])

@@ -130,6 +130,9 @@ def test_early_stopping_reports_on_the_best(tiny: Config, dataset: ImageDataset,
     best, latest = (runs.load_trained(workdir, config, kind) for kind in ("", "latest"))
     assert trees.sha256(best.variables["params"]) == summary["params_sha256"]
     assert best.step == summary["best_epoch"] * 3 <= latest.step
+    ended = {kind: runs.load_ended(workdir, config, dataset, kind) for kind in ("", "latest")}
+    assert ended[""].summary["epochs"] == summary["epochs"] == summary["best_epoch"]
+    assert ended["latest"].summary["epochs"] == latest.step // 3 > summary["epochs"]
     images = latest.step // 3 * 22  # speed is that of all that was trained, not up to the best
     np.testing.assert_allclose(summary["images_per_second"], images / summary["seconds"])
 
