@@ -1,14 +1,16 @@
 """Prints, for every config, what this project's compiled segment reaches on this device.
 
 python benchmarks/throughput.py [--configs=vgg1,vgg3] [--batch_size=1024] [--dtype=bfloat16]
+python benchmarks/throughput.py --configs=vgg_dropout,airbench --batch_size=0 --dtype=float32
 
 One process, one device or all of a machine. Images are scikit-learn's digits, scaled to 32x32 and
-repeated; after a first segment, which also compiles, several are timed, with one wait for the
-device each. FLOPs are three times the forward pass' of the summary. Their share is that of
---peak_tflops, the data sheet's figure for the devices used, or without it of the rate at which the
-device multiplies large matrices of the same dtype.
+repeated; after a first segment, which also compiles, several are timed, those of the configs in
+turn, with one wait for the device each. FLOPs are three times the forward pass' of the summary.
+Their share is that of --peak_tflops, the data sheet's figure for the devices used, or without it of
+the rate at which the device multiplies large matrices of the same dtype.
 """
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -27,7 +29,9 @@ _CONFIGS = flags.DEFINE_list(
     ["quickstart", "simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout", "airbench"],
     "Configs to time.",
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1024, "Images a step.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 1024, "Images a step; 0: as each config trains.", lower_bound=0
+)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the computation.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps a segment.", lower_bound=1)
 _SEGMENTS = flags.DEFINE_integer("segments", 5, "Segments timed.", lower_bound=1)
@@ -52,42 +56,54 @@ def matmul_rate(dtype: str, size: int) -> float:
     return n_products * 2 * size**3 / median(seconds)
 
 
-def seconds_per_step(name: str, dataset: ImageDataset) -> tuple[float, int]:
-    """Returns the median time of a step, and the FLOPs of one image's forward pass."""
-    config = configs.get(name)
-    settings = replace(config.train, batch_size=_BATCH_SIZE.value, segment_steps=_STEPS.value)
-    model = replace(config.model, dtype=_DTYPE.value)
-    trainer = loop.Trainer(replace(config, train=settings, model=model), dataset)
-    state = trainer.init()
-    trainer.compile(state)
-    state, _ = trainer.run_segment(state, _STEPS.value)
-    seconds = []
-    for _ in range(_SEGMENTS.value):
+class Timed:
+    """A config's training, and the seconds of its steps."""
+
+    def __init__(self, name: str, dataset: ImageDataset) -> None:
+        config = configs.get(name)
+        settings = replace(config.train, batch_size=batch_size(name), segment_steps=_STEPS.value)
+        model = replace(config.model, dtype=_DTYPE.value)
+        self.name, self.seconds = name, []
+        self._trainer = loop.Trainer(replace(config, train=settings, model=model), dataset)
+        self._state = self._trainer.init()
+        self._trainer.compile(self._state)
+        rows = models.summarize(self._trainer.recipe.model, dataset.image_shape)
+        self.flops = 3 * sum(row.flops for row in rows)
+
+    def run(self) -> None:
+        """Runs a segment."""
         start = time.perf_counter()
-        state, _ = trainer.run_segment(state, _STEPS.value)
-        seconds.append((time.perf_counter() - start) / _STEPS.value)
-    rows = models.summarize(trainer.recipe.model, dataset.image_shape)
-    return median(seconds), sum(row.flops for row in rows)
+        self._state, _ = self._trainer.run_segment(self._state, _STEPS.value)
+        self.seconds.append((time.perf_counter() - start) / _STEPS.value)
+
+
+def batch_size(name: str) -> int:
+    """Returns the images of a step of a config."""
+    return _BATCH_SIZE.value or configs.get(name).train.batch_size
 
 
 def main(_: list[str]) -> None:
     """Prints the table."""
-    devices.use_cores(_BATCH_SIZE.value)
+    sizes = [batch_size(name) for name in _CONFIGS.value]
+    devices.use_cores(math.gcd(*sizes))
     size = 2048 if jax.default_backend() == "cpu" else 8192
     peak = _PEAK.value * 1e12 if _PEAK.value else matmul_rate(_DTYPE.value, size)
     source = "data sheet" if _PEAK.value else f"{_DTYPE.value} products of {size} cubed"
     kind = jax.devices()[0].device_kind
     print(f"{jax.device_count()} x {kind}, peak {peak / 1e12:.2f} TFLOP/s ({source})")
+    dataset = digits.repeated(max(sizes) * _STEPS.value)
+    timed = [Timed(name, dataset) for name in _CONFIGS.value]
+    for _segment in range(_SEGMENTS.value + 1):
+        for one in timed:
+            one.run()
     print("| config | batch | dtype | images/s | TFLOP/s | share of peak |")
     print("|---|---|---|---|---|---|")
-    dataset = digits.repeated(_BATCH_SIZE.value * _STEPS.value)
-    for name in _CONFIGS.value:
-        seconds, flops = seconds_per_step(name, dataset)
-        rate = 3 * flops * _BATCH_SIZE.value / seconds
+    for one, n in zip(timed, sizes, strict=True):
+        seconds = median(one.seconds[1:])
+        rate = one.flops * n / seconds
         print(
-            f"| {name} | {_BATCH_SIZE.value} | {_DTYPE.value} "
-            f"| {_BATCH_SIZE.value / seconds:,.0f} | {rate / 1e12:.3f} | {rate / peak:.0%} |",
-            flush=True,
+            f"| {one.name} | {n} | {_DTYPE.value} "
+            f"| {n / seconds:,.0f} | {rate / 1e12:.3f} | {rate / peak:.0%} |"
         )
 
 
