@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cnn_jax import config, figures, files, runs
+from cnn_jax.errors import UserError
 from experiments import plots, rows
 from experiments.rows import Row, Run, Store
 from experiments.spec import (
@@ -46,11 +47,18 @@ _HEADINGS = {
 
 
 def write(name: str, store: Store, seeds: int, folder: Path) -> None:
-    """Writes everything that is known of an experiment into `folder`; what is not says missing."""
+    """Writes everything that is known of an experiment into `folder`; what is not says missing.
+
+    Raises:
+        UserError: it is of different images, so it can't be compared; nothing is written.
+    """
     experiment = store.experiment
-    folder.mkdir(parents=True, exist_ok=True)
     planned = {variant: store.runs(variant, seeds) for variant in experiment.variants}
     wanted = [run for pair in planned.values() for part in pair for run in part]
+    if unlike := store.unlike(wanted):
+        again = f"python -m experiments.run {name} run --seeds={seeds}"
+        raise UserError(f"results of different images: {unlike}; train them on the same: {again}")
+    folder.mkdir(parents=True, exist_ok=True)
     found = [pair for pair in map(store.find, wanted) if pair]
     done = [row for row, _ in found]
     curves = [line for _, curve in found for line in curve]

@@ -72,6 +72,9 @@ EPOCHS_RUN = "epochs_run"
 """Epochs until training stopped, where `epochs` says of which one the result is: the lines of the
 run's curve."""
 
+Images = tuple[str, int, tuple[str, ...]]
+"""What of a config chooses the images, as far as their name beside a result goes."""
+
 load_data = functools.lru_cache(maxsize=1)(data.load)
 """Experiments go through their variants one by one, and most share the images."""
 
@@ -182,6 +185,7 @@ class Store:
         self._workdirs = workdirs
         self._committed: dict[tuple[int, str], tuple[Row, list[Row]]] = {}
         own = _read_results(results)
+        self._images: dict[Images, str] = {}
         self.seeds = 1 + max((row["seed"] or 0 for row, _ in own), default=-1)
         """One more than the largest seed in the committed results."""
         for row, curve in (*own, *(pair for path in others for pair in _read_results(path))):
@@ -198,12 +202,32 @@ class Store:
         """Returns the folder that a run is trained in."""
         return self._workdirs / run.name
 
+    def count_only(self, run: Run) -> None:
+        """Lets only rows of the images that the run is trained on here count from now on.
+
+        A config names its images, but not which copy of them: that is known once they are read.
+        Rows of configs that name others count as before.
+        """
+        if (images := _images(run)) not in self._images:
+            self._images[images] = data_name(load_data(run.config.data))
+
+    def unlike(self, wanted: Iterable[Run]) -> str:
+        """Names two of the runs whose rows are of different images by one name; empty if none."""
+        first: dict[Images, tuple[str, str]] = {}
+        for run in wanted:
+            if row := self.row(run):
+                name, images = first.setdefault(_images(run), (run.name, row["data"]))
+                if images != row["data"]:
+                    return f"{name} is of {images}, {run.name} of {row['data']}"
+        return ""
+
     def find(self, run: Run) -> tuple[Row, list[Row]] | None:
         """Returns a run's row and its lines of the curve, or None if it is not done."""
-        key = run.config.seed, run.sha256
-        if not (found := self._in_workdir(run) or self._committed.get(key)):
+        images = self._images.get(_images(run))
+        known = [pair for pair in self._known(run) if images in (None, pair[0]["data"])]
+        if not known:
             return None
-        row, curve = found
+        row, curve = known[0]
         row = row | _identity(run) | {EPOCHS_RUN: len(curve)}
         return row, [line | {"variant": run.variant} for line in curve]
 
@@ -217,8 +241,13 @@ class Store:
         tuning = tuning_runs(self.experiment, variant)
         final = final_runs(self.experiment, variant, seeds, map(self.row, tuning))
         if variant in self.experiment.borrowed:
-            final = [run for run in final if self.row(run)] or final[:1]
+            final = [run for run in final if self._known(run)] or final[:1]
         return tuning, final
+
+    def _known(self, run: Run) -> list[tuple[Row, list[Row]]]:
+        """Returns what a workdir and the committed results have of a run, of whatever images."""
+        found = self._in_workdir(run), self._committed.get((run.config.seed, run.sha256))
+        return [pair for pair in found if pair]
 
     def _in_workdir(self, run: Run) -> tuple[Row, list[Row]] | None:
         workdir = self.workdir(run)
@@ -260,12 +289,31 @@ class Store:
         return f"interrupted at step {max(steps)}" if steps else "missing"
 
 
+def _images(run: Run) -> Images:
+    wanted = run.config.data
+    return wanted.name, wanted.image_size, wanted.classes
+
+
 def _identity(run: Run) -> Row:
     return {"variant": run.variant, "seed": run.config.seed, "config_sha256": run.sha256}
 
 
+def check_images(workdir: Path, dataset: data.ImageDataset) -> None:
+    """Refuses a workdir whose finished run is of other images; an unfinished one passes.
+
+    Raises:
+        UserError: says to remove it.
+    """
+    summary = runs.finished(workdir)
+    if summary and summary["data"]["sha256"] != dataset.sha256:
+        raise UserError(
+            f"{workdir} was trained on other images; remove it, or choose another --runs"
+        )
+
+
 def _summarize(experiment: Experiment, run: Run, workdir: Path) -> Row:
     """Returns the row of a finished run, with what the experiment measures on its network."""
+    check_images(workdir, load_data(run.config.data))
     summary = runs.finished(workdir) or {}
     image_shape, n_classes = data.describe(run.config.data)
     layers = models.summarize(models.build(run.config.model, n_classes), image_shape)

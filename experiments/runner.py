@@ -13,7 +13,7 @@ from rich.table import Table
 from cnn_jax import loop, runs
 from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog
-from experiments.rows import Row, Run, Store, load_data
+from experiments.rows import Row, Run, Store, check_images, load_data
 
 _HEADINGS = ("variant", "seed", "epochs", "test accuracy", "train accuracy", "seconds")
 
@@ -115,10 +115,17 @@ def states(store: Store, variants: list[str], seeds: int) -> Table:
 def train_missing(store: Store, variants: list[str], seeds: int, board: Board) -> None:
     """Trains or resumes the runs of `variants` that are not done, variant by variant.
 
+    If there are any, what was trained on other images than they are is not done either.
+
     Raises:
         stop.Stopped: a signal came; the current run is saved, and the next call resumes it.
-        UserError: a workdir was made by another config.
+        UserError: a workdir was made by another config, or on other images.
     """
+    planned = [r for v in variants for part in store.runs(v, seeds) for r in part]
+    mixed = store.unlike(planned)
+    for run in planned:
+        if mixed or not store.row(run):
+            store.count_only(run)
     for variant in variants:
         tuning, _ = store.runs(variant, seeds)
         for row in _train(store, tuning, board):
@@ -153,10 +160,12 @@ def _train_one(store: Store, run: Run, trainer: loop.Trainer, board: Board) -> R
             f"{workdir} was made by another config ({'; '.join(changes)}); remove it, "
             "or choose another --runs"
         )
+    check_images(workdir, trainer.dataset)
     board.now(f"{run.name}: starts")
     with runs.claim(workdir, run.config):
         try:
             runs.run(trainer, workdir, lambda path: BoardLog(run, board, path))
+            (workdir / "row.json").unlink(missing_ok=True)  # One of other images may be there.
         except loop.NotFinite as error:
             board.console.print(f"{run.name}: {error}", markup=False)
             store.keep_diverged(run, str(error))

@@ -1,9 +1,11 @@
 """Experiments: what is missing is trained, what is done is not, and what the report says of it."""
 
 import importlib
+import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +48,7 @@ BASE = Config(
     optim=OptimConfig(learning_rate=0.1),
     train=TrainConfig(epochs=2, batch_size=32, segment_steps=2),
 )
+DIGITS = "scikit-learn load_digits, scaled to 8x8x3"
 SHORTER = edit(BASE, train={"epochs": 1})
 
 
@@ -106,8 +109,12 @@ def states(store: Store, variant: str, seeds: int = 2) -> list[str]:
     return [store.state(run) for part in store.runs(variant, seeds) for run in part]
 
 
+def found_rows(store: Store, variant: str) -> list[rows.Row]:
+    return [row for run in store.runs(variant, 2)[1] if (row := store.row(run))]
+
+
 def hashes(store: Store, variant: str) -> list[str]:
-    return [row["params_sha256"] for run in store.runs(variant, 2)[1] if (row := store.row(run))]
+    return [row["params_sha256"] for row in found_rows(store, variant)]
 
 
 def test_rows_tell_what_the_runs_found(trained: Path):
@@ -127,7 +134,7 @@ def test_rows_tell_what_the_runs_found(trained: Path):
         assert row["flops_per_image"] == 2 * (8 * 8 * 27 * 4 + 64 * 10)
         assert (row["tenth"], row["images"]) == (0.1, 0.2)
         assert row["validation_accuracy"] is None
-        assert row["data"] == "scikit-learn load_digits, scaled to 8x8x3"
+        assert row["data"] == DIGITS
         assert "jax" in row["versions"]
     assert len({row["params_sha256"] for row in written}) == 4
 
@@ -228,6 +235,87 @@ def test_results_of_another_config_do_not_count(trained: Path, tmp_path: Path):
         train(store, ["two"])
 
 
+@pytest.fixture
+def elsewhere(trained: Path, tmp_path: Path) -> Path:
+    """A folder of results as those in `trained`, but of a copy of the images."""
+    found = rows.read_csv(trained / "results/results.csv")
+    (tmp_path / "elsewhere").mkdir()
+    lines = [row | {"data": "a copy", "params_sha256": "0"} for row in found]
+    rows.write_csv(tmp_path / "elsewhere/results.csv", found[0], lines)
+    (tmp_path / "elsewhere/curves.csv").write_bytes((trained / "results/curves.csv").read_bytes())
+    return tmp_path / "elsewhere"
+
+
+def test_what_is_committed_of_other_images_is_trained_anew(elsewhere: Path, tmp_path: Path):
+    """Once something must be trained at all: else the images need not be there."""
+    store = Store(EXPERIMENT, tmp_path / "runs", elsewhere)
+    train(store, ["two", "one"])
+    assert not (tmp_path / "runs").exists()
+    train(store, ["one"], seeds=3)
+    trained = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert trained == {"one-seed0", "one-seed1", "one-seed2"}
+    assert len(set(hashes(store, "one"))) == 2
+    assert states(store, "two") == ["missing", "missing"]
+
+    store = Store(EXPERIMENT, tmp_path / "runs", elsewhere)
+    assert states(store, "two") == ["done", "done"]
+    with pytest.raises(UserError) as caught:
+        report.write("try", store, 2, tmp_path / "report")
+    assert str(caught.value) == (
+        f"results of different images: one-seed0 is of {DIGITS}, two-seed0 of a copy; "
+        "train them on the same: python -m experiments.run try run --seeds=2"
+    )
+    assert not (tmp_path / "report").exists()
+    train(store, ["two", "one"])
+    report.write("try", Store(EXPERIMENT, tmp_path / "runs", elsewhere), 2, tmp_path / "report")
+    assert "- data: " + DIGITS in (tmp_path / "report/results.md").read_text().splitlines()
+
+
+def test_borrowed_seeds_of_other_images_are_trained_anew(elsewhere: Path, tmp_path: Path):
+    """All that the other experiment has, or its images would stand beside the new ones."""
+    found = [r for r in rows.read_csv(elsewhere / "results.csv") if r["variant"] == "one"]
+    rows.write_csv(elsewhere / "results.csv", found[0], found)
+    borrowing = replace(EXPERIMENT, borrowed=("one",))
+    store = Store(borrowing, tmp_path / "runs", tmp_path / "none", [elsewhere])
+    train(store, ["two", "one"])
+    report.write("try", Store(borrowing, tmp_path / "runs", tmp_path), 2, tmp_path / "report")
+    written = rows.read_csv(tmp_path / "report/results.csv")
+    assert [(r["variant"], r["seed"]) for r in written] == [
+        (v, s) for v in ("one", "two") for s in (0, 1)
+    ]
+    assert {r["data"] for r in written} == {DIGITS}
+
+
+def test_a_workdir_of_other_images_is_refused(trained: Path, tmp_path: Path):
+    summary = json.loads((trained / "runs/one-seed0/summary.json").read_text())
+    summary["data"]["sha256"] = "0"
+    shutil.copytree(trained / "runs/one-seed0", tmp_path / "one-seed0")
+    runs.write_json(tmp_path / "one-seed0/summary.json", summary)
+    known = json.loads((tmp_path / "one-seed0/row.json").read_text())
+    known["row"]["data"] = "a copy"
+    runs.write_json(tmp_path / "one-seed0/row.json", known)
+    line = r"one-seed0 was trained on other images; remove it, or choose another --runs"
+    with pytest.raises(UserError, match=line):
+        train(Store(EXPERIMENT, tmp_path, tmp_path / "none"), ["one"])
+    (tmp_path / "one-seed0/row.json").unlink()
+    with pytest.raises(UserError, match=line):
+        states(Store(EXPERIMENT, tmp_path, tmp_path / "none"), "one")
+
+
+def test_images_of_one_name_that_lie_elsewhere_now_are_not_trained_on_again(
+    trained: Path, tmp_path: Path
+):
+    """Their row is made anew, from the finished run."""
+    shutil.copytree(trained / "runs/one-seed0", tmp_path / "one-seed0")
+    known = json.loads((tmp_path / "one-seed0/row.json").read_text())
+    known["row"]["data"] = "digits in another folder"
+    runs.write_json(tmp_path / "one-seed0/row.json", known)
+    store = Store(EXPERIMENT, tmp_path, tmp_path / "none")
+    train(store, ["one"])
+    before = Store(EXPERIMENT, trained / "runs", tmp_path / "none")
+    assert found_rows(store, "one")[0] == found_rows(before, "one")[0]
+
+
 def test_a_summary_without_a_row_is_enough(trained: Path, tmp_path: Path):
     """What a kill between the end of training and the row leaves behind."""
     store = Store(EXPERIMENT, trained / "runs", tmp_path)
@@ -321,7 +409,7 @@ def test_tuning_comes_first_and_a_diverged_run_is_told(tmp_path: Path):
     tuning = rows.tuning_runs(TUNED, "a")
     assert {run.config.data.validation for run in tuning} == {0.1}
     known = [
-        row(run.variant, 0, 0.9, validation_accuracy=x, config_sha256=run.sha256)
+        row(run.variant, 0, 0.9, validation_accuracy=x, config_sha256=run.sha256, data=DIGITS)
         for run, x in zip(tuning, (0.2, 0.3, 0.4), strict=False)
     ]
     rows.write_csv(tmp_path / "results.csv", known[0], known)
