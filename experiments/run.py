@@ -9,6 +9,7 @@ EXPERIMENT, such as chapter, airbench or dropout.
 
 import importlib
 import math
+import shlex
 from pathlib import Path
 
 from absl import flags
@@ -62,13 +63,21 @@ def main(argv: list[str]) -> None:
     elif what == "run":
         with runner.Board(console) as board:
             runner.train_missing(store, variants, seeds, board)
-        console.print(f"python -m experiments.run {name} report writes this to {RESULTS / name}")
+        again = f"python -m experiments.run {name} report{_given()}"
+        console.print(f"{again} writes this to {RESULTS / name}", markup=False)
     else:
         from experiments import report  # Matplotlib tells of its fonts until JAX is set up.
 
         seeds = max(seeds, store.seeds)
         report.write(name, store, seeds, RESULTS / name)
         console.print((RESULTS / name / "results.md").read_text(), markup=False)
+
+
+def _given() -> str:
+    """Returns the options that `report` needs as well to find what `run` has trained."""
+    seeds = f" --seeds={_SEEDS.value}" if _SEEDS.value is not None else ""
+    elsewhere = _RUNS.value != _RUNS.default
+    return seeds + (f" --runs={shlex.quote(_RUNS.value)}" if elsewhere else "")
 
 
 if __name__ == "__main__":

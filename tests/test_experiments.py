@@ -550,16 +550,18 @@ def test_the_command_lists_runs_and_reports(
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     for name in ("modes.set_up_jax", "devices.use_cores"):  # JAX has its devices by now.
         monkeypatch.setattr(f"cnn_jax.{name}", lambda _: None)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/try").symlink_to(trained / "runs")
+    (tmp_path / "my runs").mkdir()
+    (tmp_path / "my runs/try").symlink_to(trained / "runs")
     flags.FLAGS.mark_as_parsed()
-    given = {"runs": str(tmp_path / "runs"), "seeds": 1}
+    given = {"runs": str(tmp_path / "my runs"), "seeds": 1}
     with flagsaver.flagsaver(**given, only="t*"):
         run.main(["run.py", "try", "list"])
         listed = capsys.readouterr().out
         run.main(["run.py", "try", "run"])
     assert "│ two     │ 0    │ done" in listed and "│ one" not in listed
-    assert capsys.readouterr().out.startswith("two 0 2 ")
+    shown = capsys.readouterr().out
+    assert shown.startswith("two 0 2 ")
+    assert f"python -m experiments.run try report --seeds=1 --runs='{tmp_path}/my runs'" in shown
     with flagsaver.flagsaver(**given):
         run.main(["run.py", "try", "report"])
     assert (tmp_path / "try/results.md").read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
