@@ -173,13 +173,13 @@ def draw(store: Store, final: dict[str, list[Run]], curves: list[Row]) -> Figure
         return plots.learning_curves(_mean_curves(final, curves))
     if isinstance(kind, Bars):
         groups = {
-            column.replace("_", " "): np.stack([_values(store, r, column) for r in final.values()])
+            column.replace("_", " "): _stack([_values(store, r, column) for r in final.values()])
             for column in kind.columns
         }
         return plots.bars(list(final), groups)
     if isinstance(kind, Dots):
         accuracies = [_values(store, wanted, "test_accuracy") for wanted in final.values()]
-        return plots.dots(list(final), np.stack(accuracies), label="test accuracy")
+        return plots.dots(list(final), _stack(accuracies), label="test accuracy")
     if isinstance(kind, AgainstMeasured):
         x = np.array(list(kind.columns.values()), float)
         series = {
@@ -215,7 +215,7 @@ def _against_field(
             point = (x, _values(store, wanted, "test_accuracy"))
             points.setdefault(variant.rpartition("-")[0], []).append(point)
     return {
-        label: (np.array([x for x, _ in line], float), np.stack([y for _, y in line]))
+        label: (np.array([x for x, _ in line], float), _stack([y for _, y in line]))
         for label, line in points.items()
     }
 
@@ -225,6 +225,12 @@ def _values(store: Store, wanted: list[Run], column: str) -> np.ndarray:
     found = [store.row(run) for run in wanted] or [None]
     values = [rows.value(row, column) if row else None for row in found]
     return np.array([np.nan if value is None else value for value in values])
+
+
+def _stack(values: list[np.ndarray]) -> np.ndarray:
+    """Returns a row each, with NaN after the last seed of variants that have fewer."""
+    longest = max(map(len, values))
+    return np.array([[*row, *[np.nan] * (longest - len(row))] for row in values])
 
 
 def _mean_curves(

@@ -817,6 +817,30 @@ def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
         figure.savefig(tmp_path / "figure.png")
 
 
+@pytest.mark.parametrize("unlike", [{"rates": {"b-2": (0.1, 0.2)}}, {"borrowed": ("b-2",)}])
+@pytest.mark.parametrize(
+    "figure",
+    [
+        Dots(),
+        Bars(("test_accuracy", "train_accuracy")),
+        AgainstField("train.epochs", "epochs"),
+        AgainstMeasured({"tenth": 0.1, "images": 0.2}, "number"),
+        Points("seconds"),
+    ],
+)
+def test_a_figure_shows_variants_of_unlike_numbers_of_seeds(
+    figure: Any, unlike: dict[str, Any], tmp_path: Path
+):
+    """Of a variant nothing is known before its rate, and as much as there is if it is borrowed."""
+    variants = {"b-1": SHORTER, "b-2": BASE}
+    experiment = Experiment("?", variants, figure, seeds=3, **unlike)
+    numbers = {"train_accuracy": 0.6, "tenth": 0.1, "images": 0.2}
+    known = [row("one", seed, 0.5, **numbers) | {"variant": "b-1"} for seed in range(3)]
+    rows.write_csv(tmp_path / "results.csv", known[0], known)
+    report.write("try", Store(experiment, tmp_path / "runs", tmp_path), 3, tmp_path)
+    assert (tmp_path / "try.png").exists()
+
+
 def test_points_of_a_line_are_found_by_name_and_field(tmp_path: Path):
     variants = {
         f"{line}-{size}": edit(BASE, train={"batch_size": size}, optim={"learning_rate": rate})
