@@ -193,9 +193,16 @@ class Store:
                 self._committed.setdefault((row["seed"], row["config_sha256"]), (row, curve))
 
     def _tells_enough(self, row: Row, curve: list[Row]) -> bool:
-        watched = all(line["test_accuracy"] is not None for line in curve)
-        return set(self.experiment.measured) <= set(row) and (
-            watched or not self.experiment.watch_test
+        return set(self.experiment.measured) <= set(row) and self._watched(row["epochs"], curve)
+
+    def _watched(self, epochs: int | None, curve: list[Row]) -> bool:
+        """Whether the test figures of every epoch are known, where they are asked for.
+
+        `epochs` is None if the run diverged, which has no curve.
+        """
+        known = [line for line in curve if line["test_accuracy"] is not None]
+        return not self.experiment.watch_test or (
+            len(known) == len(curve) and len(known) >= (epochs or 0)
         )
 
     def workdir(self, run: Run) -> Path:
@@ -255,9 +262,9 @@ class Store:
         if path.exists():
             known = json.loads(path.read_text())
             row = known["row"]
-            if row["config_sha256"] == run.sha256 and set(self.experiment.measured) <= set(row):
+            if row["config_sha256"] == run.sha256 and self._tells_enough(row, known["curve"]):
                 return row, known["curve"]
-        if not (workdir / "summary.json").exists() or self.other_config(run):
+        if not (workdir / "summary.json").exists() or self.other_config(run) or self.unwatched(run):
             return None
         return self.keep(run, _summarize(self.experiment, run, workdir), _curve(run, workdir))
 
@@ -278,12 +285,23 @@ class Store:
         path = self.workdir(run) / "config.json"
         return config.differences(config.load(path), run.config) if path.exists() else []
 
+    def unwatched(self, run: Run) -> bool:
+        """Whether a finished workdir lacks test figures of epochs that the experiment asks for.
+
+        They can't be made up for: the parameters of past epochs are gone.
+        """
+        workdir = self.workdir(run)
+        summary = runs.finished(workdir)
+        return bool(summary) and not self._watched(summary["epochs"], _curve(run, workdir))
+
     def state(self, run: Run) -> str:
         """Says in a few words how far a run is."""
         if row := self.row(run):
             return "done" if row["test_accuracy"] is not None else "diverged"
         if self.other_config(run):
             return "missing; its workdir is another config's"
+        if self.unwatched(run):
+            return "missing; its workdir has no test accuracy by epoch"
         saved = self.workdir(run) / "checkpoints/latest"
         steps = [int(p.name) for p in saved.glob("*") if p.name.isdigit()]
         return f"interrupted at step {max(steps)}" if steps else "missing"

@@ -119,7 +119,8 @@ def train_missing(store: Store, variants: list[str], seeds: int, board: Board) -
 
     Raises:
         stop.Stopped: a signal came; the current run is saved, and the next call resumes it.
-        UserError: a workdir was made by another config, or on other images.
+        UserError: a workdir was made by another config, on other images, or without the test
+            figures of every epoch that the experiment asks for.
     """
     planned = [r for v in variants for part in store.runs(v, seeds) for r in part]
     mixed = store.unlike(planned)
@@ -160,6 +161,7 @@ def _train_one(store: Store, run: Run, trainer: loop.Trainer, board: Board) -> R
             f"{workdir} was made by another config ({'; '.join(changes)}); remove it, "
             "or choose another --runs"
         )
+    _check_watched(store, run)
     check_images(workdir, trainer.dataset)
     board.now(f"{run.name}: starts")
     with runs.claim(workdir, run.config):
@@ -169,6 +171,15 @@ def _train_one(store: Store, run: Run, trainer: loop.Trainer, board: Board) -> R
         except loop.NotFinite as error:
             board.console.print(f"{run.name}: {error}", markup=False)
             store.keep_diverged(run, str(error))
+    _check_watched(store, run)  # What was interrupted may have begun without.
     row = store.row(run)
     assert row is not None
     return row
+
+
+def _check_watched(store: Store, run: Run) -> None:
+    if store.unwatched(run):
+        raise UserError(
+            f"{store.workdir(run)} lacks the test accuracy of some epochs, which is asked for; "
+            "remove it, or choose another --runs"
+        )

@@ -220,6 +220,8 @@ def test_a_run_that_another_experiment_committed_counts(trained: Path, tmp_path:
     blind = [line | {"test_accuracy": None} for line in lines]
     rows.write_csv(unwatched / "curves.csv", lines[0], blind)
     assert states(found([unwatched]), "short") == ["missing", "missing"]
+    (unwatched / "curves.csv").unlink()
+    assert states(found([unwatched]), "short") == ["missing", "missing"]
     assert states(found([unwatched], watch_test=False), "short") == ["done", "done"]
 
 
@@ -314,6 +316,29 @@ def test_images_of_one_name_that_lie_elsewhere_now_are_not_trained_on_again(
     train(store, ["one"])
     before = Store(EXPERIMENT, trained / "runs", tmp_path / "none")
     assert found_rows(store, "one")[0] == found_rows(before, "one")[0]
+
+
+@pytest.mark.parametrize("gone", [(), ("row.json",), ("row.json", "summary.json")])
+def test_a_workdir_without_a_test_curve_that_is_asked_for_is_refused(
+    gone: tuple[str, ...], trained: Path, tmp_path: Path
+):
+    """Of a finished run with a row, of one without, and of one that had still to be evaluated."""
+    workdir = tmp_path / "one-seed0"
+    shutil.copytree(trained / "runs/one-seed0", workdir)
+    text = (workdir / "metrics.jsonl").read_text()
+    (workdir / "metrics.jsonl").write_text(text.replace("test_accuracy", "unknown"))
+    known = json.loads((workdir / "row.json").read_text())
+    runs.write_json(workdir / "row.json", known | {"curve": []})
+    for name in gone:
+        (workdir / name).unlink()
+    store = Store(EXPERIMENT, tmp_path, tmp_path / "none")
+    with pytest.raises(
+        UserError, match=r"one-seed0 lacks the test accuracy of some .*remove"
+    ):
+        train(store, ["one"])
+    assert states(store, "one")[0] == "missing; its workdir has no test accuracy by epoch"
+    blind = replace(EXPERIMENT, figure=Dots(), watch_test=False)
+    assert states(Store(blind, tmp_path, tmp_path / "none"), "one")[0] == "done"
 
 
 def test_a_summary_without_a_row_is_enough(trained: Path, tmp_path: Path):
