@@ -235,7 +235,8 @@ class Store:
         if not known:
             return None
         row, curve = known[0]
-        row = row | _identity(run) | {EPOCHS_RUN: len(curve)}
+        known = len(curve) if row["test_accuracy"] is not None else None  # None: it diverged.
+        row = row | _identity(run) | {EPOCHS_RUN: known}
         return row, [line | {"variant": run.variant} for line in curve]
 
     def row(self, run: Run) -> Row | None:

@@ -332,9 +332,7 @@ def test_a_workdir_without_a_test_curve_that_is_asked_for_is_refused(
     for name in gone:
         (workdir / name).unlink()
     store = Store(EXPERIMENT, tmp_path, tmp_path / "none")
-    with pytest.raises(
-        UserError, match=r"one-seed0 lacks the test accuracy of some .*remove"
-    ):
+    with pytest.raises(UserError, match=r"one-seed0 lacks the test accuracy of some .*remove"):
         train(store, ["one"])
     assert states(store, "one")[0] == "missing; its workdir has no test accuracy by epoch"
     blind = replace(EXPERIMENT, figure=Dots(), watch_test=False)
@@ -411,6 +409,20 @@ def test_epochs_run_are_those_until_training_stopped(tmp_path: Path):
     store = Store(counting, tmp_path / "runs", tmp_path)
     report.write("try", store, 1, tmp_path / "report")
     assert "| two | 1 | 1.0 | 3.0 | 80.0 |" in (tmp_path / "report/results.md").read_text()
+
+
+def test_a_diverged_run_has_no_number_of_epochs(tmp_path: Path):
+    """A mean with a 0 for it would be of nothing."""
+    found = [row("two", 0, 0.5, epochs=2), row("two", 1, None)]
+    curve = [
+        {name: 0.5 for name in rows.CURVE} | {"variant": "two", "seed": 0, "epoch": i}
+        for i in (1, 2)
+    ]
+    rows.write_csv(tmp_path / "results.csv", found[0], found)
+    rows.write_csv(tmp_path / "curves.csv", curve[0], curve)
+    counting = replace(EXPERIMENT, columns=(rows.EPOCHS_RUN,), measured=(), measure=None)
+    report.write("try", Store(counting, tmp_path / "runs", tmp_path), 2, tmp_path / "report")
+    assert "| two | 2 | 2.0 (1 diverged) | 80.0 |" in (tmp_path / "report/results.md").read_text()
 
 
 def test_a_rate_is_chosen_by_the_first_best_validation_accuracy():
