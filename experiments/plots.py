@@ -142,7 +142,7 @@ def lines(
         axes.fill_between(x, means - deviations, means + deviations, color=color, alpha=0.2, lw=0)
     if logarithmic:
         axes.set_xscale("log", base=2)
-        ticks = np.unique([x for x, _ in series.values()])
+        ticks = np.unique([tick for x, _ in series.values() for tick in x])
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=x_label, ylabel=y_label)

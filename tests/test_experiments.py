@@ -832,6 +832,9 @@ def test_figures_show_means_in_order_and_their_spread(tmp_path: Path):
     crowded = plots.lines(many, x_label="x", y_label="y", logarithmic=True)
     assert [text.get_text() for text in crowded.axes[0].get_xticklabels()] == ["20", "500"]
     assert len(crowded.legends[0].get_texts()) == 5
+    unlike = many | {"shorter": (np.array([100.0]), values[:1])}
+    ticks = plots.lines(unlike, x_label="x", y_label="y", logarithmic=True).axes[0].get_xticks()
+    assert ticks.tolist() == [20, 100, 500], "of lines of unlike numbers of points"
     bars = plots.bars(["a", "b"], {"test": values, "train": values + 0.1})
     heights = [patch.get_height() for patch in bars.axes[0].patches]  # pyright: ignore
     np.testing.assert_allclose(heights, [0.5, 0.2, 0.6, 0.3])
