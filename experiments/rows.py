@@ -19,7 +19,7 @@ from typing import Any
 
 from cnn_jax import config, data, files, models, runs
 from cnn_jax.config import Config, nearest
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, one_line
 from cnn_jax.run_log import read_metrics
 from experiments.spec import TUNING_FRACTION, Experiment
 
@@ -54,6 +54,8 @@ CURVE = (
     "test_loss",
     "test_accuracy",
 )
+# What an older version did not note is None.
+_BLANK: Row = dict.fromkeys((*COLUMNS, *SURROUNDINGS))
 # SHA-256 of test images, and what they are called beside a result; the source says where they lie.
 _DATA_NAMES = {
     "57364becc1e313e9d0642408700f2d3dce05dbdf2d312658433226d9da72f76c": "CIFAR-10 (JPEG copy)"
@@ -261,10 +263,9 @@ class Store:
         workdir = self.workdir(run)
         path = workdir / "row.json"
         if path.exists():
-            known = json.loads(path.read_text())
-            row = known["row"]
-            if row["config_sha256"] == run.sha256 and self._tells_enough(row, known["curve"]):
-                return row, known["curve"]
+            row, curve = _read_row(path)
+            if row["config_sha256"] == run.sha256 and self._tells_enough(row, curve):
+                return row, curve
         if not (workdir / "summary.json").exists() or self.other_config(run) or self.unwatched(run):
             return None
         return self.keep(run, _summarize(self.experiment, run, workdir), _curve(run, workdir))
@@ -379,13 +380,30 @@ def data_name(dataset: data.ImageDataset) -> str:
     return _DATA_NAMES.get(images, dataset.source)
 
 
+def _read_row(path: Path) -> tuple[Row, list[Row]]:
+    """Returns what `Store.keep` wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        known = json.loads(path.read_text())
+        row, curve = known["row"], known["curve"]
+        needed = {"config_sha256", "test_accuracy", "data"}
+        if needed <= set(row) and all(set(CURVE) <= set(line) for line in curve):
+            return _BLANK | row, curve
+        problem = "it is not what a run has left"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = one_line(error)
+    raise UserError(f"{path} can't be read: {problem}; remove it, and it is made anew")
+
+
 def _read_results(folder: Path) -> list[tuple[Row, list[Row]]]:
     """Returns the rows of a folder that a report was written to, each with its curve."""
     curves: dict[tuple[str, int], list[Row]] = {}
     for line in read_csv(folder / "curves.csv"):
         curves.setdefault((line["variant"], line["seed"]), []).append(line)
-    blank: Row = dict.fromkeys((*COLUMNS, *SURROUNDINGS))
-    rows = [blank | row for row in read_csv(folder / "results.csv")]
+    rows = [_BLANK | row for row in read_csv(folder / "results.csv")]
     return [(row, curves.get((row["variant"], row["seed"]), [])) for row in rows]
 
 

@@ -471,6 +471,22 @@ def test_a_damaged_file_of_results_is_one_line(tmp_path: Path):
         Store(EXPERIMENT, tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"row": {', "Expecting property name .*"),
+        ("[]", "list indices must be .*"),
+        ('{"row": {}, "curve": []}', "it is not what a run has left"),
+    ],
+)
+def test_a_damaged_row_of_a_workdir_is_one_line(text: str, problem: str, tmp_path: Path):
+    (tmp_path / "one-seed0").mkdir()
+    (tmp_path / "one-seed0/row.json").write_text(text)
+    line = f"one-seed0/row.json can't be read: {problem}; remove it, and it is made anew"
+    with pytest.raises(UserError, match=line):
+        states(Store(EXPERIMENT, tmp_path, tmp_path / "none"), "one")
+
+
 def test_what_is_not_finite_is_an_empty_cell(tmp_path: Path):
     broken = replace(EXPERIMENT, measure=lambda *_: {"tenth": math.inf, "images": math.nan})
     store = Store(broken, tmp_path / "runs", tmp_path)
