@@ -337,11 +337,11 @@ def _summarize(experiment: Experiment, run: Run, workdir: Path) -> Row:
     summary = runs.finished(workdir) or {}
     image_shape, n_classes = data.describe(run.config.data)
     layers = models.summarize(models.build(run.config.model, n_classes), image_shape)
-    curve = _curve(run, workdir)
+    validated = {x["epoch"]: x["validation_accuracy"] for x in _curve(run, workdir)}
     row = {
         **_identity(run),
         **{name: summary[name] for name in COLUMNS if name in summary and name != "seed"},
-        "validation_accuracy": curve[-1]["validation_accuracy"] if curve else None,
+        "validation_accuracy": validated.get(summary["epochs"]),
         "flops_per_image": sum(layer.flops for layer in layers),
     }
     measured = {}

@@ -411,6 +411,21 @@ def test_epochs_run_are_those_until_training_stopped(tmp_path: Path):
     assert "| two | 1 | 1.0 | 3.0 | 80.0 |" in (tmp_path / "report/results.md").read_text()
 
 
+def test_an_early_stop_s_validation_accuracy_is_of_the_epoch_that_is_reported(tmp_path: Path):
+    stopping = edit(
+        BASE,
+        data={"validation": 0.2},
+        optim={"learning_rate": 0.3},
+        train={"epochs": 5, "patience": 1},
+    )
+    experiment = Experiment("?", {"a": stopping}, Dots(), seeds=1)
+    store = Store(experiment, tmp_path / "runs", tmp_path)
+    train(store, ["a"], seeds=1)
+    found, curve = store.find(store.runs("a", 1)[1][0]) or pytest.fail("not done")
+    by_epoch = {line["epoch"]: line["validation_accuracy"] for line in curve}
+    assert found["validation_accuracy"] == by_epoch[found["epochs"]] > by_epoch[len(curve)]
+
+
 def test_a_diverged_run_has_no_number_of_epochs(tmp_path: Path):
     """A mean with a 0 for it would be of nothing."""
     found = [row("two", 0, 0.5, epochs=2), row("two", 1, None)]
