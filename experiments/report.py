@@ -1,5 +1,6 @@
 """From rows to results/NAME: results.csv, curves.csv, results.md, about.json and a figure."""
 
+import math
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -110,17 +111,26 @@ def _surroundings(about: dict[str, Any]) -> str:
 def cell(column: str, values: list[float | None]) -> str:
     """Returns mean and standard deviation (n - 1) of a column over seeds, as the table has it.
 
-    None stands for a run that diverged.
+    None stands for a run that diverged, NaN for one that has no such value.
     """
-    known = [value for value in values if value is not None]
-    if not known:
-        return "diverged" if values else "missing"
+    if not values:
+        return "missing"
+    finished = [value for value in values if value is not None]
+    if not finished:
+        return "diverged"
+    known = [value for value in finished if not math.isnan(value)]
+    without = len(finished) - len(known) if known else 0  # The dash says it.
+    lost = {"diverged": len(values) - len(finished), "without": without}
+    notes = ", ".join(f"{number} {what}" for what, number in lost.items() if number)
+    return (_mean(column, known) if known else "-") + (f" ({notes})" if notes else "")
+
+
+def _mean(column: str, known: list[float]) -> str:
     factor, digits = _FORMATS.get(column, _PERCENT)
     text = f"{factor * fmean(known):,.{digits}f}"
     if len(known) > 1:
         text += f" ± {factor * stdev(known):,.{digits}f}"
-    lost = len(values) - len(known)
-    return text + (f" ({lost} diverged)" if lost else "")
+    return text
 
 
 def _table(store: Store, final: dict[str, list[Run]], seeds: int) -> str:
@@ -160,7 +170,8 @@ def _tuning_table(store: Store) -> str:
         tuning, _ = store.runs(variant, 1)
         for run in tuning:
             row = store.row(run)
-            accuracy = cell("validation_accuracy", [row["validation_accuracy"]] if row else [])
+            values = [rows.value(row, "validation_accuracy")] if row else []
+            accuracy = cell("validation_accuracy", values)
             rate = run.config.optim.learning_rate
             lines.append(f"| {variant} | {rate:g} | {accuracy} |")
     return "\n".join(lines)

@@ -21,7 +21,14 @@ from cnn_jax import config, data, files, models, runs
 from cnn_jax.config import Config, nearest
 from cnn_jax.errors import UserError, one_line
 from cnn_jax.run_log import read_metrics
-from experiments.spec import TUNING_FRACTION, Experiment
+from experiments.spec import (
+    TUNING_FRACTION,
+    AgainstField,
+    AgainstMeasured,
+    Bars,
+    Experiment,
+    Points,
+)
 
 Row = dict[str, Any]
 
@@ -167,10 +174,35 @@ def final_runs(
 
 
 def value(row: Row, column: str) -> float | None:
-    """Returns what a row has in a column of a report; None if its run diverged."""
-    if column in DERIVED and row["test_accuracy"] is not None:
-        return DERIVED[column](row)
-    return row.get(column)
+    """Returns what a row has in a column of a report: NaN if nothing, None if its run diverged."""
+    if row["test_accuracy"] is None:
+        return None
+    known = {name: math.nan if found is None else found for name, found in row.items()}
+    return DERIVED[column](known) if column in DERIVED else known[column]
+
+
+def check_columns(experiment: Experiment) -> None:
+    """Refuses a column or a field of the table or the figure that no run can have.
+
+    Raises:
+        UserError: names the nearest that there is.
+    """
+    fields = {name for name in config.flatten(Config()) if "." in name}
+    columns = {*COLUMNS, EPOCHS_RUN, *DERIVED, *experiment.measured} - _TEXTS
+    figure = experiment.figure
+    wanted = [(name, fields if "." in name else columns) for name in experiment.columns]
+    if isinstance(figure, Bars | AgainstMeasured):
+        wanted += [(name, columns) for name in figure.columns]
+    elif isinstance(figure, Points):
+        wanted.append((figure.column, columns))
+    elif isinstance(figure, AgainstField):
+        wanted.append((figure.name, fields))
+    for name, known in wanted:
+        if name not in known:
+            kind = "field" if known is fields else "column"
+            raise UserError(
+                f"{experiment.question} There is no {kind} {name}{nearest(name, known)}"
+            )
 
 
 class Store:
@@ -183,6 +215,7 @@ class Store:
     def __init__(
         self, experiment: Experiment, workdirs: Path, results: Path, others: Iterable[Path] = ()
     ) -> None:
+        check_columns(experiment)  # Not only once all is trained and waits to be reported.
         self.experiment = experiment
         self._workdirs = workdirs
         self._committed: dict[tuple[int, str], tuple[Row, list[Row]]] = {}

@@ -381,7 +381,14 @@ TUNED = Experiment(
 
 
 def test_borrowed_variants_have_the_seeds_that_are_known(tmp_path: Path):
-    borrowing = replace(EXPERIMENT, borrowed=("two",), measured=(), measure=None, watch_test=False)
+    borrowing = replace(
+        EXPERIMENT,
+        columns=("test_accuracy",),
+        borrowed=("two",),
+        measured=(),
+        measure=None,
+        watch_test=False,
+    )
     store = Store(borrowing, tmp_path / "runs", tmp_path / "none")
     assert states(store, "two", 3) == ["missing"]
     (tmp_path / "other").mkdir()
@@ -576,6 +583,9 @@ def test_a_report_before_any_run_says_missing(tmp_path: Path):
         ("test_accuracy", [], "missing"),
         ("test_accuracy", [None, None], "diverged"),
         ("test_accuracy", [0.4, None, 0.5], "45.0 ± 7.1 (1 diverged)"),
+        ("best_epoch", [math.nan, math.nan], "-"),
+        ("best_epoch", [math.nan, None], "- (1 diverged)"),
+        ("best_epoch", [2, math.nan, None], "2.0 (1 diverged, 1 without)"),
         ("test_loss", [1.0, 2.0], "1.500 ± 0.707"),
         ("param_count", [83_973_962, 83_973_962], "83,973,962 ± 0"),
         ("flops_per_image", [2_500_000], "2.5"),
@@ -585,10 +595,40 @@ def test_cells(column: str, values: list[float | None], text: str):
     assert report.cell(column, values) == text
 
 
+def test_a_value_that_a_finished_run_does_not_have_is_a_dash(tmp_path: Path):
+    """Without validation there is no best epoch."""
+    found = [row("one", 0, 0.4), row("two", 0, None)]
+    rows.write_csv(tmp_path / "results.csv", found[0], found)
+    experiment = replace(EXPERIMENT, columns=("test_accuracy", "best_epoch"))
+    report.write("try", Store(experiment, tmp_path / "none", tmp_path), 1, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| one | 1 | 40.0 | - |  |\n| two | 1 | diverged | diverged | 80.0 |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"columns": ("test_acuracy",)}, "column test_acuracy (did you mean test_accuracy?)"),
+        ({"columns": ("tent",)}, "column tent (did you mean tenth?)"),
+        ({"columns": ("train.epoch",)}, "field train.epoch (did you mean train.epochs?)"),
+        ({"columns": ("data",)}, "column data"),
+        ({"figure": Bars(("tenht",))}, "column tenht (did you mean tenth?)"),
+        ({"figure": AgainstMeasured({"imags": 1}, "")}, "column imags (did you mean images?)"),
+        ({"figure": Points("second")}, "column second (did you mean seconds?)"),
+        ({"figure": AgainstField("epochs", "")}, "field epochs (did you mean train.epochs?)"),
+    ],
+)
+def test_a_column_that_no_run_has_is_refused(changes: dict[str, Any], line: str, tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        Store(replace(EXPERIMENT, **changes), tmp_path, tmp_path)
+    assert str(caught.value) == f"Does a second epoch help? There is no {line}"
+
+
 def test_the_arithmetic_of_training_is_three_times_that_of_all_its_images():
     known = {"flops_per_image": 1e6, "images_per_second": 200.0, "seconds": 50.0}
     assert rows.value(row("one", 0, 0.5) | known, "train_flops") == 3e10
     assert rows.value(row("one", 0, None), "train_flops") is None
+    assert math.isnan(rows.value(row("one", 0, 0.5), "train_flops") or 0)
     assert rows.value(row("one", 0, 0.5), "test_accuracy") == 0.5
     assert report.cell("train_flops", [3.5e14]) == "0.35"
 
@@ -903,8 +943,8 @@ def test_a_figure_shows_variants_of_unlike_numbers_of_seeds(
     figure: Any, unlike: dict[str, Any], tmp_path: Path
 ):
     """Of a variant nothing is known before its rate, and as much as there is if it is borrowed."""
-    variants = {"b-1": SHORTER, "b-2": BASE}
-    experiment = Experiment("?", variants, figure, seeds=3, **unlike)
+    variants, measured = {"b-1": SHORTER, "b-2": BASE}, ("tenth", "images")
+    experiment = Experiment("?", variants, figure, seeds=3, measured=measured, **unlike)
     numbers = {"train_accuracy": 0.6, "tenth": 0.1, "images": 0.2}
     known = [row("one", seed, 0.5, **numbers) | {"variant": "b-1"} for seed in range(3)]
     rows.write_csv(tmp_path / "results.csv", known[0], known)
