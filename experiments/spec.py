@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cnn_jax import configs
-from cnn_jax.config import Config, ModelConfig, TrainConfig
+from cnn_jax.config import Config, ModelConfig, TrainConfig, nearest
+from cnn_jax.errors import UserError
 
 TUNING_FRACTION = 0.1
 """Of all training images, what learning rates are chosen by."""
@@ -87,6 +88,17 @@ class Experiment:
     """Test accuracies of the chapter, by variant."""
     note: str = ""
     """What a reader must know to judge the results."""
+
+    def __post_init__(self) -> None:
+        for name in ("order", "rates", "borrowed", "reference"):
+            for variant in getattr(self, name):
+                if variant not in self.variants:
+                    guess = nearest(variant, self.variants)
+                    raise UserError(f"{self.question} {name}: there is no variant {variant}{guess}")
+        if self.order and sorted(self.order) != sorted(self.variants):
+            raise UserError(f"{self.question} order must name every variant once")
+        if isinstance(self.figure, Curves) and not self.watch_test:
+            raise UserError(f"{self.question} Curves are of the test set too: set watch_test")
 
 
 SMALL = (

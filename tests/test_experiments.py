@@ -197,7 +197,7 @@ def test_committed_results_are_not_trained_again(trained: Path, tmp_path: Path):
 @pytest.mark.usefixtures("untrained")
 def test_a_run_that_another_experiment_committed_counts(trained: Path, tmp_path: Path):
     """By its config, whatever it is called there, and only with all that is asked of it."""
-    other = replace(EXPERIMENT, variants={"short": SHORTER})
+    other = replace(EXPERIMENT, variants={"short": SHORTER}, order=(), reference={})
 
     def found(others: list[Path], **changes: Any) -> Store:
         return Store(replace(other, **changes), tmp_path, tmp_path / "results", others)
@@ -222,7 +222,8 @@ def test_a_run_that_another_experiment_committed_counts(trained: Path, tmp_path:
     assert states(found([unwatched]), "short") == ["missing", "missing"]
     (unwatched / "curves.csv").unlink()
     assert states(found([unwatched]), "short") == ["missing", "missing"]
-    assert states(found([unwatched], watch_test=False), "short") == ["done", "done"]
+    blind = found([unwatched], figure=Dots(), watch_test=False)
+    assert states(blind, "short") == ["done", "done"]
 
 
 def test_results_of_another_config_do_not_count(trained: Path, tmp_path: Path):
@@ -383,6 +384,7 @@ TUNED = Experiment(
 def test_borrowed_variants_have_the_seeds_that_are_known(tmp_path: Path):
     borrowing = replace(
         EXPERIMENT,
+        figure=Dots(),
         columns=("test_accuracy",),
         borrowed=("two",),
         measured=(),
@@ -603,6 +605,24 @@ def test_a_value_that_a_finished_run_does_not_have_is_a_dash(tmp_path: Path):
     report.write("try", Store(experiment, tmp_path / "none", tmp_path), 1, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| one | 1 | 40.0 | - |  |\n| two | 1 | diverged | diverged | 80.0 |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"order": ("one", "tow")}, "order: there is no variant tow (did you mean two?)"),
+        ({"order": ("two",)}, "order must name every variant once"),
+        ({"order": ("two", "one", "two")}, "order must name every variant once"),
+        ({"rates": {"tow": (0.1,)}}, "rates: there is no variant tow (did you mean two?)"),
+        ({"borrowed": ("vgg",)}, "borrowed: there is no variant vgg"),
+        ({"reference": {"vgg": 0.8}}, "reference: there is no variant vgg"),
+        ({"watch_test": False}, "Curves are of the test set too: set watch_test"),
+    ],
+)
+def test_an_experiment_that_is_not_whole_is_refused(changes: dict[str, Any], line: str):
+    with pytest.raises(UserError) as caught:
+        replace(EXPERIMENT, **changes)
+    assert str(caught.value) == f"Does a second epoch help? {line}"
 
 
 @pytest.mark.parametrize(
@@ -988,7 +1008,8 @@ def test_points_stand_at_what_the_table_says_and_missing_variants_have_no_curve(
     np.testing.assert_allclose(np.asarray(point.get_xydata()), [[0.3, 0.5]])
     assert axes.get_xlabel() == "PFLOPs of training"
 
-    store = Store(replace(experiment, figure=Curves()), tmp_path / "none", tmp_path)
+    watching = replace(experiment, figure=Curves(), watch_test=True)
+    store = Store(watching, tmp_path / "none", tmp_path)
     line = dict.fromkeys(rows.CURVE) | {"epoch": 1, "train_accuracy": 0.4, "test_accuracy": 0.3}
     figure = report.draw(store, final, [line | {"variant": "one", "seed": 0}])
     assert [str(line.get_label()) for line in figure.axes[0].lines] == ["one"]
