@@ -661,6 +661,42 @@ def test_the_hash_stands_for_what_a_run_depends_on():
         assert rows.config_sha256(changed) != rows.config_sha256(BASE)
 
 
+# Of the fields that there were when the committed results were made.
+DEFAULTS = """
+{"data": {"name": "digits", "image_size": 32, "classes": [], "images_per_class": 0,
+  "validation": 0.0, "test_fraction": 0.2, "split_seed": 0, "mean": [0.0, 0.0, 0.0],
+  "std": [1.0, 1.0, 1.0]},
+"augment": {"flip": false, "alternate_flip": false, "translate": 0, "cutout": 0,
+  "test_time": "none"},
+"model": {"name": "simple_cnn", "blocks": [[50, 50]], "pooling": "max", "dense": [512],
+  "activation": "relu", "dropout": 0.0, "initializer": "glorot_uniform", "dtype": "float32"},
+"init": {"checkpoint": "", "kind": "", "skip": [], "whiten": ""},
+"optim": {"name": "momentum", "learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0,
+  "decays": [], "clip_norm": 0.0, "schedule": "constant", "warmup_epochs": 0.0,
+  "warmup_fraction": 0.0, "final_fraction": 0.0, "boundaries": [], "decay_factor": 0.1,
+  "groups": [], "phases": []},
+"train": {"epochs": 3, "batch_size": 64, "loss": "cross_entropy", "label_smoothing": 0.0,
+  "accumulate": 1, "cache_frozen": false, "ema_decay": 0.0, "lookahead_steps": 0,
+  "patience": 0, "skip_nonfinite": false, "deterministic": false, "segment_steps": 50,
+  "checkpoint_seconds": 120.0, "keep_checkpoints": 2, "seeds": 1}}
+"""
+
+
+def test_no_default_has_changed_since_results_were_committed():
+    """The hash leaves out what is the default's, so they would count for the new default's config.
+
+    A new field needs a default that changes nothing, and no line here.
+    """
+    found = json.loads(json.dumps(configuration.to_dict(Config())))
+    changed = [
+        f"{section}.{name}: {default} -> {found[section].get(name)}"
+        for section, defaults in json.loads(DEFAULTS).items()
+        for name, default in defaults.items()
+        if found[section].get(name) != default
+    ]
+    assert not changed, "keep these defaults, or train anew what is committed and left them alone"
+
+
 def test_only_chooses_variants_in_the_order_of_running():
     assert rows.chosen_variants(EXPERIMENT, "*") == ["two", "one"]
     assert rows.chosen_variants(EXPERIMENT, "o*") == ["one"]
