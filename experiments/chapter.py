@@ -37,11 +37,11 @@ EXPERIMENT = Experiment(
         "vgg_dropout": 0.80,
         "vgg_dropout_30": 0.80,
     },
-    note="Images/s and seconds are not to be compared: two cores trained `simple_cnn`, one core, "
-    "with other work beside it, the others, and the seconds of `vgg_dropout` include hours in "
-    "which it was suspended. The chapter does not say whether its 80% with dropout are those of 10 "
-    "epochs, as its listing trains, or of 30, as the Keras twin of that listing does; so both are "
-    "run. Nor does it name initial values: these are those of tf.layers (Glorot and Bengio, 2010), "
-    "in `vgg2_he` those of He et al. (2015). Train accuracy "
-    "is the mean over the last epoch's steps, with dropout on.",
+    note="Images/s and seconds are not to be compared: two cores trained `simple_cnn` and "
+    "`vgg_dropout_30`, one core the others, all with other work beside it, and the seconds of "
+    "`vgg_dropout` include hours in which it was suspended. The chapter does not say whether "
+    "its 80% with dropout are those of 10 epochs, as its listing trains, or of 30, as the "
+    "Keras twin of that listing does; so both are run. Nor does it name initial values: these "
+    "are those of tf.layers (Glorot and Bengio, 2010), in `vgg2_he` those of He et al. "
+    "(2015). Train accuracy is the mean over the last epoch's steps, with dropout on.",
 )
