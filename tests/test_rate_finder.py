@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_ends_it_and_is_left_out(tiny: Config, dataset
 
 
 def test_a_first_loss_that_is_not_finite_is_one_line(tiny: Config, dataset: ImageDataset):
-    config = edit(small(tiny), data={"std": (1e-38, 1e-38, 1e-38)})
+    config = edit(small(tiny), data={"std": (1e-45, 1e-45, 1e-45)})
     said = (
         r"loss \S+ at the first step, which no learning rate has changed: look at data.mean, "
         r"data.std and, if it is set, init.checkpoint"
