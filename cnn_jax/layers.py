@@ -98,23 +98,39 @@ def apply_if(wanted: Bool[Array, ""], function: Callable[[Any], Any], state: Any
     return lax.fori_loop(0, wanted.astype(jnp.int32), lambda _, value: function(value), state)
 
 
-def dot_general(
-    lhs: Float[Array, "*batch in"],
-    rhs: Float[Array, "in out"],
-    dimension_numbers: Any,
-    **others: Any,
-) -> Float[Array, "*batch out"]:
-    """Does what lax.dot_general does, for `nn.Dense(dot_general=...)`.
+class Dense(nn.Module):
+    """The dense layer of nn.Dense, with its parameters `kernel` and `bias`."""
 
-    On a CPU the products of a bfloat16 layer, also in its gradients, are float32 and then rounded:
-    XLA takes twice as long for products that are bfloat16, and for transposed ones eight times.
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Returns products of `dtype`."""
+        shape = (inputs.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        y = dense(inputs.astype(self.dtype), kernel)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+            y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+def dense(
+    x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]
+) -> Float[Array, "*batch out"]:
+    """Returns the product with the kernel, rounded to the type of x.
+
+    On a CPU the kernel's gradient of bfloat16 products stays float32, where autodiff would round it
+    to bfloat16 and then convert it: of a large kernel each of these takes as long as the product.
     """
-    dense = (((lhs.ndim - 1,), (0,)), ((), ()))
-    low = lhs.dtype == rhs.dtype == jnp.bfloat16 and not any(others.values())
-    if low and dimension_numbers == dense and on_cpu():
-        product = cpu_kernels.dense(lhs.reshape(-1, lhs.shape[-1]), rhs)
-        return product.reshape(*lhs.shape[:-1], rhs.shape[1])
-    return lax.dot_general(lhs, rhs, dimension_numbers, **others)
+    if x.dtype == jnp.bfloat16 and on_cpu():
+        product = cpu_kernels.dense(x.reshape(-1, x.shape[-1]), kernel)
+        return product.reshape(*x.shape[:-1], kernel.shape[1])
+    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
 
 class Conv(nn.Module):

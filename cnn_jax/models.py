@@ -100,12 +100,11 @@ def _convolution(width: int, stride: int, initializer: str, dtype: Any, name: st
     )
 
 
-def _dense(width: int, initializer: str, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(
+def _dense(width: int, initializer: str, dtype: Any, name: str) -> layers.Dense:
+    return layers.Dense(
         width,
         dtype=dtype,
         kernel_init=INITIALIZERS[initializer],
-        dot_general=layers.dot_general,
         name=name,
     )
 
@@ -297,12 +296,11 @@ class Airbench(Classifier):
         for i, widths in enumerate(self.blocks, start=1):
             x = AirbenchGroup(widths, self.activation, self.dtype, name=f"group{i}")(x, train)
         x = layers.MaxPool((3, 3), (3, 3), name="pool")(x)
-        head = nn.Dense(
+        head = layers.Dense(
             self.n_classes,
             use_bias=False,
             dtype=self.dtype,
             kernel_init=fan_in_uniform,
-            dot_general=layers.dot_general,
             name="head",
         )
         return head(x.reshape((x.shape[0], -1))).astype(jnp.float32) / 9

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from cnn_jax import layers
+from cnn_jax import cpu_kernels, layers
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -253,9 +253,9 @@ def test_the_loops_with_relu_and_pool_move_the_bits_of_bfloat16_and_multiply_wha
     both = program((0, 1, 2))
     assert re.findall(r"(\w+)\[8,32,32,16\]\S* dynamic-update-slice", both) == ["u16"]
     assert "f32[8,32,32,16]" not in both and "f32[8,16,16,16]" not in both
-    assert len(re.findall(r" dot\(", both)) == 3 * 16
-    for alone in (0, 1):  # The loop leaves out what nobody reads.
-        assert len(re.findall(r" dot\(", program(alone))) == 2 * 16
+    assert len(re.findall(r" dot\(", both)) == (3 + 1) * 16  # the fourth transposes for the third
+    for alone, n in ((0, 2), (1, 3)):  # The loop leaves out what nobody reads.
+        assert len(re.findall(r" dot\(", program(alone))) == n * 16
 
 
 POOLS = list(
@@ -361,30 +361,43 @@ def test_the_same_inputs_give_the_same_bits():
         np.testing.assert_array_equal(gradient(kernel, x), first)
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7)])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (6, 80)])
 def test_dense_of_bfloat16_has_the_gradients_of_float32(shape: tuple[int, ...]):
-    x, kernel = normal(0, *shape).astype(jnp.bfloat16), normal(1, 7, 4).astype(jnp.bfloat16)
-    dimensions = (((len(shape) - 1,), (0,)), ((), ()))
-    found = value_and_gradients(lambda x, k: layers.dot_general(x, k, dimensions), x, kernel)
-    exact = value_and_gradients(
-        lambda x, k: lax.dot_general(x, k, dimensions),
-        x.astype(jnp.float32),
-        kernel.astype(jnp.float32),
-    )
-    for actual, expected in zip(found, exact, strict=True):
-        assert_close(actual.astype(jnp.float32), expected, 2**-7)
-        assert actual.dtype == jnp.bfloat16
+    """That of the kernel is not even rounded."""
+    x, kernel = normal(0, *shape).astype(jnp.bfloat16), normal(1, shape[-1], 4)
+    kernel = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    y, dx, dkernel = value_and_gradients(layers.dense, x, kernel)
+    expected = value_and_gradients(jnp.matmul, x.astype(jnp.float32), kernel)
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    for actual, exact in zip((y, dx, dkernel), expected, strict=True):
+        assert_close(actual.astype(jnp.float32), exact, 2**-7)
+    dy = jax.grad(lambda y: jnp.sum(jnp.sin(y)))(y)
+    exact = jax.vjp(jnp.matmul, x.astype(jnp.float32), kernel)[1](dy.astype(jnp.float32))[1]
+    found = jax.vjp(layers.dense, x, kernel)[1](dy)[1]
+    assert_close(found, exact, 1e-6)
 
 
-def test_dense_of_float32_is_lax_s_own():
-    x, kernel = normal(0, 5, 7), normal(1, 7, 4)
-    dimensions = (((1,), (0,)), ((), ()))
-    for actual, expected in zip(
-        value_and_gradients(lambda x, k: layers.dot_general(x, k, dimensions), x, kernel),
-        value_and_gradients(lambda x, k: lax.dot_general(x, k, dimensions), x, kernel),
-        strict=True,
+def test_dense_of_float32_is_flax_own():
+    x = normal(0, 5, 7)
+    ours, theirs = layers.Dense(4), nn.Dense(4)
+    variables = theirs.init(jax.random.key(0), x)
+    for a, b in zip(
+        jax.tree.leaves(ours.init(jax.random.key(0), x)), jax.tree.leaves(variables), strict=True
     ):
-        np.testing.assert_array_equal(actual, expected)
+        np.testing.assert_array_equal(a, b)
+    gradients = [
+        jax.value_and_grad(lambda v, layer=layer: jnp.sum(jnp.sin(layer.apply(v, x))))(variables)
+        for layer in (ours, theirs)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *gradients)
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 80])
+def test_products_with_the_identity_transpose_every_bit(columns: int):
+    x = normal(0, 50, columns).astype(jnp.bfloat16)
+    turned = jax.jit(cpu_kernels._transposed)(x)
+    assert turned.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(turned.astype(jnp.float32), x.T.astype(jnp.float32))
 
 
 def test_what_is_no_convolution_of_one_float_type_is_laxs():
@@ -402,11 +415,3 @@ def test_whole_numbers_are_pooled_as_by_flax():
     x = jnp.round(4 * normal(0, 2, 6, 6, 3)).astype(jnp.int32)
     expected = nn.max_pool(x, (2, 2), (2, 2))
     np.testing.assert_array_equal(layers.max_pool(x, (2, 2), (2, 2)), expected)
-
-
-def test_a_product_has_the_type_that_was_asked_for():
-    x, kernel = (normal(i, 8, 8).astype(jnp.bfloat16) for i in (0, 1))
-    numbers = (((1,), (0,)), ((), ()))
-    assert layers.dot_general(x, kernel, numbers).dtype == jnp.bfloat16
-    wide = layers.dot_general(x, kernel, numbers, preferred_element_type=jnp.float32)
-    assert wide.dtype == jnp.float32
