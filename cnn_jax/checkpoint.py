@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from logging import getLogger
@@ -29,6 +30,7 @@ from cnn_jax.errors import UserError, one_line
 
 # An upper bound of what orbax writes for an array beside its numbers: names, indices, hashes.
 _FILES_SIZE = 16_384
+_ORBAX = threading.Lock()
 
 
 class CheckpointError(Exception):
@@ -224,14 +226,18 @@ def _check_space(folder: Path, arrays: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Keeps orbax, and the futures it drops, from printing what it raises, with its traceback."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)
-    getLogger("asyncio").setLevel("CRITICAL")  # for good, as its futures end later
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+    """Keeps orbax, and the futures it drops, from printing what it raises, with its traceback.
+
+    In one thread at a time, as the verbosity is that of all.
+    """
+    with _ORBAX:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.FATAL)
+        getLogger("asyncio").setLevel("CRITICAL")  # for good, as its futures end later
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 def _reason(error: BaseException) -> str:

@@ -279,7 +279,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Latest checkpoints kept; the best one is kept beside them."""
     seeds: int = 1
-    """Runs, with seeds from `seed` on, one after the other in subfolders of the workdir."""
+    """Runs, with seeds from `seed` on, in subfolders of the workdir: on several GPUs one on each,
+    side by side, and otherwise one after the other."""
 
     @property
     def reported_kind(self) -> Literal["latest", "best"]:

@@ -1,6 +1,7 @@
 """Several devices and processes: one mesh with the axis `data`, over which a batch is spread.
 
-On a single device every function here returns what it is given. A step's examples are divided, so
+A run has all devices, or inside of `only` a single one; then every function here returns what it
+is given. A step's examples are divided, so
 gradients are summed across devices; parameters and the data set lie whole on every device. But on
 the cores of a CPU, each a device of its own, the kernels of dense layers are divided, not their
 examples: data parallelism for convolutions and model parallelism for dense layers, as in
@@ -14,7 +15,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax.errors import UserError, one_line
+
+Place = Any
+"""A jax.Device that a run is alone on, or None: it has all of them."""
 
 # More than these have not been measured.
 _MAX_CORES = 8
@@ -38,12 +42,17 @@ def use_cores(batch_size: int) -> None:
     There are never more than divide a batch evenly. JAX_NUM_CPU_DEVICES takes precedence, and
     XLA_FLAGS.
     """
-    forced = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if forced or "JAX_NUM_CPU_DEVICES" in os.environ:
+    if _user_has_chosen():
         return
     limit = min(usable_cpus(), _MAX_CORES)
     count = next(n for n in range(limit, 0, -1) if batch_size % n == 0)
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def _user_has_chosen() -> bool:
+    """Says whether the number of a CPU's devices was set by the user."""
+    forced = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    return forced or "JAX_NUM_CPU_DEVICES" in os.environ
 
 
 def usable_cpus() -> int:
@@ -51,6 +60,35 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def only(device: Place) -> Iterator[None]:
+    """Gives the runs of this thread one device while the block runs; None leaves them all.
+
+    JAX compiles anew for it, so nothing that was compiled for several devices is mistaken for it.
+    """
+    with jax.default_device(device) if device else contextlib.nullcontext():
+        yield
+
+
+def count() -> int:
+    """Returns the number of devices that a run of this thread has."""
+    return 1 if _place() else jax.device_count()
+
+
+def _place() -> Place:
+    return jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def places() -> list[Place]:
+    """Returns on which devices several runs go on side by side; [None] if one has all.
+
+    It has on a CPU whose cores `use_cores` has made devices of, and of several processes.
+    """
+    divided = jax.default_backend() != "cpu" or _user_has_chosen()
+    alone = count() == 1 or jax.process_count() > 1
+    return [*jax.local_devices()] if divided and not alone else [None]
 
 
 def _mesh() -> Mesh:
@@ -67,9 +105,9 @@ def check_batch_size(batch_size: int) -> None:
     Raises:
         UserError: the number of devices does not divide it.
     """
-    if batch_size % jax.device_count():
+    if batch_size % count():
         raise UserError(
-            f"train.batch_size={batch_size} can't be spread over {jax.device_count()} devices; "
+            f"train.batch_size={batch_size} can't be spread over {count()} devices; "
             "choose a multiple"
         )
 
@@ -85,9 +123,11 @@ def place(state: Any) -> Any:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if jax.device_count() == 1:
+    if count() == 1:
+        if isinstance(leaf, jax.Array):
+            return jax.device_put(leaf, _place())
         # A copy of what numpy owns, since the buffers of a state are donated later on.
-        return leaf if isinstance(leaf, jax.Array) else jax.numpy.array(leaf)
+        return jax.numpy.array(leaf)
     if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -100,7 +140,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 def _home(shape: Sequence[int]) -> NamedSharding:
     """Returns where an array of a state lies: the outputs of large dense layers are divided."""
-    n = jax.device_count()
+    n = count()
     divided = (
         jax.default_backend() == "cpu"
         and jax.process_count() == 1
@@ -113,7 +153,7 @@ def _home(shape: Sequence[int]) -> NamedSharding:
 
 def keep_placed(state: Any) -> Any:
     """Inside a compiled function: leaves a state where `place` puts it."""
-    if jax.device_count() == 1:
+    if count() == 1:
         return state
     constrain = jax.lax.with_sharding_constraint
     return jax.tree.map(lambda leaf: constrain(leaf, _home(leaf.shape)), state)
@@ -121,14 +161,14 @@ def keep_placed(state: Any) -> Any:
 
 def spread(array: jax.Array) -> jax.Array:
     """Inside a compiled function: divides the first axis among the devices."""
-    if jax.device_count() == 1:
+    if count() == 1:
         return array
     return jax.lax.with_sharding_constraint(array, _sharding("data"))
 
 
 def gather(array: jax.Array) -> jax.Array:
     """Inside a compiled function: gives every device the whole array."""
-    if jax.device_count() == 1:
+    if count() == 1:
         return array
     return jax.lax.with_sharding_constraint(array, _sharding())
 
@@ -143,7 +183,7 @@ def per_device(
     divides most operations by itself, but not a loop over a batch's parts: of that every device
     would run all.
     """
-    n = jax.device_count()
+    n = count()
     if n == 1 or len(batches[0]) % n:
         return function(*batches, *whole)
 

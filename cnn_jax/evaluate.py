@@ -85,7 +85,7 @@ def _in_batches(
 ) -> np.ndarray:
     n = len(images)
     batch_size = min(BATCH_SIZE, n)
-    batch_size += -batch_size % jax.device_count()
+    batch_size += -batch_size % devices.count()
     n_batches = -(-n // batch_size)
     padded = np.zeros((n_batches * batch_size, *images.shape[1:]), np.uint8)
     padded[:n] = images

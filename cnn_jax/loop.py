@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from cnn_jax.errors import UserError
 from cnn_jax.run_log import RunLog
 from cnn_jax.stop import Stopped, on_signals
 from cnn_jax.train import TrainState
+
+_COMPILING = threading.Lock()
 
 
 class NotFinite(UserError):
@@ -83,11 +86,15 @@ class Trainer:
         self._train_key = devices.replicate(train_key)
 
     def with_seed(self, seed: int) -> "Trainer":
-        """Returns the trainer of that seed alone; it shares data and compiled programs."""
+        """Returns the trainer of that seed alone, on the device of `devices.only`.
+
+        On one device, or all, it shares data and compiled programs.
+        """
         other = copy.copy(self)
         settings = replace(self.config.train, seeds=1)
         other.config = replace(self.config, seed=seed, train=settings)
         other.recipe = self._recipes[0]
+        other._examples = devices.replicate(self._examples)
         other._make_keys()
         return other
 
@@ -149,7 +156,9 @@ class Trainer:
         if self.config.train.cache_frozen:
             self._cache_frozen(state)
         inputs = *self._examples, self._train_key, devices.replicate(np.int32(0))
-        self.compiled = train.train_segment.lower(self.recipe, state, *inputs).compile()
+        # In turn, since XLA compiles for one GPU and the others find that in JAX' cache.
+        with _COMPILING:
+            self.compiled = train.train_segment.lower(self.recipe, state, *inputs).compile()
         devices.trim_heap()
 
     def _cache_frozen(self, state: TrainState) -> None:

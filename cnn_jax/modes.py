@@ -72,8 +72,11 @@ def train(config: Config, workdir: Path) -> None:
         else:
             dataset = _load_data(config, console)
             devices.check_same_data(dataset.sha256)
-            run = runs.run if config.train.seeds == 1 else runs.run_seeds
-            summary = run(loop.Trainer(config, dataset), workdir, partial(_log, console))
+            log_in = partial(_log, console)
+            if config.train.seeds == 1:
+                summary = runs.run(loop.Trainer(config, dataset), workdir, log_in)
+            else:
+                summary = runs.run_seeds(config, dataset, workdir, log_in)
             if dataset.test.files and summary.get("steps") and jax.process_count() == 1:
                 _print_evaluation(console, runs.load_trained(workdir, config), dataset)
     if "runs" in summary:
@@ -100,8 +103,8 @@ def _check_photos(config: Config, workdir: Path, summary: dict[str, Any]) -> Non
         )
 
 
-def _log(console: Console, workdir: Path) -> RunLog:
-    return RunLog(workdir, console) if devices.is_main() else SilentLog()
+def _log(console: Console, workdir: Path, beside: bool = False) -> RunLog:
+    return RunLog(workdir, console, beside) if devices.is_main() else SilentLog()
 
 
 def _load_data(config: Config, console: Console) -> data.ImageDataset:
@@ -287,6 +290,19 @@ def verify(config: Config, workdir: Path) -> bool:
     dataset = _load_data(config, console)
     if dataset.sha256 != finished["data"]["sha256"]:
         raise UserError(f"the images are not those that {workdir} was trained on")
+    # On one device, as a seed of several is trained, however many there are.
+    alone = jax.local_devices()[0] if finished["device"]["count"] == 1 else None
+    with devices.only(alone):
+        return _verify(config, workdir, finished, dataset, console)
+
+
+def _verify(
+    config: Config,
+    workdir: Path,
+    finished: dict[str, Any],
+    dataset: data.ImageDataset,
+    console: Console,
+) -> bool:
     with tempfile.TemporaryDirectory(prefix="cnn_jax_verify_") as folder:
         try:
             found = runs.retrain(config, dataset, Path(folder), RunLog(Path(folder), console))

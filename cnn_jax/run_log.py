@@ -30,18 +30,20 @@ class RunLog:
     A line has `step`, `loss`, `accuracy` and `learning_rate`; that of a segment's last step has
     `grad_norm` and `images_per_second` too, and that of an epoch's last step `epoch`, `train_loss`,
     `train_accuracy` and, with a validation split, `validation_loss` and `validation_accuracy`. A
-    step that was passed over has `skipped`, and null for what was not finite.
+    step that was passed over has `skipped`, and null for what was not finite. With `beside`, other
+    runs share the terminal: there is no progress bar, and lines begin with the workdir's name.
     """
 
-    def __init__(self, workdir: Path, console: Console | None = None) -> None:
+    def __init__(self, workdir: Path, console: Console | None = None, beside: bool = False) -> None:
         self._path = workdir / "metrics.jsonl"
         self._events = workdir / "tensorboard"
         self._console = console or Console(highlight=False, soft_wrap=True)
+        self._prefix = f"{workdir.name}: " if beside else ""
         self._bar: Progress | None = None
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
-        self._console.print(line, markup=False)
+        self._console.print(self._prefix + line, markup=False)
 
     def warn(self, line: str) -> None:
         """Prints a line that the user should act on."""
@@ -73,7 +75,7 @@ class RunLog:
         self._last_plain = time.monotonic()
         if step:
             self.say(f"resuming after step {step} of {total_steps}")
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._prefix:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}/" + str(self._epochs)),
                 BarColumn(),

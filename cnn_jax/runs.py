@@ -5,8 +5,10 @@ import fcntl
 import importlib.metadata
 import json
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,6 +27,7 @@ from cnn_jax import (
     losses,
     models,
     report,
+    side_by_side,
     trees,
 )
 from cnn_jax.config import Config
@@ -32,6 +35,9 @@ from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, one_line
 from cnn_jax.report import Run
 from cnn_jax.run_log import RunLog, read_metrics
+
+# Matplotlib draws in one thread at a time.
+_REPORTING = threading.Lock()
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -149,7 +155,8 @@ def _run(trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog])
         _write_report(workdir, ended, log)
         write_json(workdir / "summary.json", summary)
 
-    devices.on_main(write)
+    with _REPORTING:
+        devices.on_main(write)
     return ended
 
 
@@ -163,20 +170,38 @@ def _write_report(workdir: Path, ended: Run, log: RunLog) -> None:
 
 
 def run_seeds(
-    trainer: loop.Trainer, workdir: Path, log_in: Callable[[Path], RunLog]
+    wanted: Config, dataset: ImageDataset, workdir: Path, log_in: Callable[..., RunLog]
 ) -> dict[str, Any]:
-    """Runs each seed of `train.seeds` in a subfolder, as a run of its own, with one compilation.
+    """Runs each seed of `train.seeds` in a subfolder, as a run of its own.
 
-    A seed that is finished is not run again. Returns what it writes to summary.json: mean and
-    standard deviation (n - 1) of the test accuracies, and the seeds' summaries.
+    On several devices the seeds run side by side, each on one, where its bits are those of a single
+    run on one device; there `log_in` is told `beside=True`. Elsewhere they run in turn. Each device
+    compiles once. A seed that is finished is not run again.
+
+    Returns what it writes to summary.json: mean and standard deviation (n - 1) of the test
+    accuracies, and the seeds' summaries.
+
+    Raises:
+        UserError: one of them has ended so, and names its seed; the others are saved.
+        stop.Stopped: SIGTERM or Ctrl-C came; all are saved, and a rerun goes on with them.
     """
-    wanted = trainer.config
-    summaries = []
-    for seed in range(wanted.seed, wanted.seed + wanted.train.seeds):
-        trainer = trainer.with_seed(seed)
+    places = devices.places()
+    with devices.only(places[0]):
+        trainer = loop.Trainer(wanted, dataset)
+    if len(places) > 1:
+        log_in = partial(log_in, beside=True)
+
+    def run_seed(seed: int) -> dict[str, Any]:
+        one = trainer.with_seed(seed)
         folder = workdir / f"seed-{seed}"
-        with claim(folder, trainer.config):
-            summaries.append(finished(folder) or run(trainer, folder, log_in))
+        try:
+            with claim(folder, one.config):
+                return finished(folder) or run(one, folder, log_in)
+        except UserError as error:
+            raise type(error)(f"seed {seed}: {error}") from None
+
+    seeds = range(wanted.seed, wanted.seed + wanted.train.seeds)
+    summaries = side_by_side.call_each(run_seed, seeds, places)
     accuracies = [summary["test_accuracy"] for summary in summaries]
     total = {
         "config": config.to_dict(wanted),
@@ -237,7 +262,7 @@ def device() -> dict[str, Any]:
     return {
         "platform": first.platform,
         "kind": first.device_kind,
-        "count": jax.device_count(),
+        "count": devices.count(),
         "cpu_count": devices.usable_cpus(),
     }
 

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C as a request that training honours between two segments."""
 
 import contextlib
+import contextvars
 import os
 import signal
 import socket
@@ -32,23 +33,34 @@ class StopRequest:
         self.requested = self.requested or signum
 
 
+# Of the block that catches signals, in its thread and those that were given its context.
+_CURRENT: contextvars.ContextVar[StopRequest | None] = contextvars.ContextVar("stop", default=None)
+
+
 @contextlib.contextmanager
 def on_signals() -> Iterator[StopRequest]:
     """Catches SIGTERM and SIGINT inside the block and restores the handlers after it.
+
+    Inside of another such block, where it may be another thread's, it shares that one's request.
 
     The first is noted; a second one leaves at once, without saving, which a checkpoint survives as
     it survives a kill. Python runs no handler while the main thread waits for the device, so the
     second is seen by a thread, through the file descriptor that the interpreter's own writes to.
     """
+    if outer := _CURRENT.get():
+        yield outer
+        return
     request = StopRequest()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     threading.Thread(target=_leave_on_the_second, args=(reader,), daemon=True).start()
     previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     previous = {s: signal.signal(s, request.note) for s in _SIGNALS}
+    token = _CURRENT.set(request)
     try:
         yield request
     finally:
+        _CURRENT.reset(token)
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         signal.set_wakeup_fd(previous_fd)

@@ -94,10 +94,10 @@ print("f32[3,32,32,16]" in trainer.compiled.as_text())
 """
 
 
-def on_eight(program: str) -> list[str]:
+def on_eight(program: str, *arguments: str) -> list[str]:
     """Returns the lines that a program prints that sees eight devices."""
     result = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *arguments],
         env={**os.environ, **EIGHT, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,

@@ -160,12 +160,12 @@ def test_seeds_are_runs_of_their_own_with_one_compilation(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     )
     try:
-        total = runs.run_seeds(loop.Trainer(config, dataset), folder, log_in)
+        total = runs.run_seeds(config, dataset, folder, log_in)
     finally:
         jax.monitoring.clear_event_listeners()
     assert before_run[0] < before_run[1] == before_run[2] == len(compiled)
     written = runs.finished(folder)
-    runs.run_seeds(loop.Trainer(config, dataset), folder, log_in)
+    runs.run_seeds(config, dataset, folder, log_in)
     assert len(before_run) == 3, "a finished seed was run again"
     assert written == runs.finished(folder) == json.loads(json.dumps(total))
     singles = [finish(replace(tiny, seed=s), dataset, tmp_path / f"{s}") for s in (4, 5, 6)]

@@ -56,3 +56,14 @@ def test_handlers_are_restored():
     deadline = time.monotonic() + 5
     while threading.active_count() > threads:
         assert time.monotonic() < deadline
+
+
+def test_a_block_inside_another_shares_its_request():
+    handlers = signal.getsignal(signal.SIGTERM)
+    with on_signals() as outer:
+        caught = signal.getsignal(signal.SIGTERM)
+        with on_signals() as inner:
+            assert inner is outer
+        assert signal.getsignal(signal.SIGTERM) == caught != handlers
+    with on_signals() as later:
+        assert later is not outer
