@@ -19,7 +19,7 @@ from cnn_jax.stop import Stopped, on_signals
 TWO = {"JAX_NUM_CPU_DEVICES": "2"}
 THREE_SEEDS = (*SMALL, "--set=seed=3", "--set=train.seeds=3", "--workdir=seeds")
 # Which changes no bits and lets a signal come between two steps.
-STEP_BY_STEP = ("--set=train.segment_steps=1",)
+STEP_BY_STEP = "--set=train.segment_steps=1"
 
 
 def results(*workdirs: Path) -> list[tuple[str, float, list[float]]]:
@@ -60,7 +60,7 @@ def test_each_seed_has_the_bits_of_its_single_run(alone: list, tmp_path: Path):
 
 
 def test_a_signal_stops_all_seeds_and_they_go_on(alone: list, tmp_path: Path):
-    process = start(*THREE_SEEDS, *STEP_BY_STEP, cwd=tmp_path, **TWO)
+    process = start(*THREE_SEEDS, STEP_BY_STEP, cwd=tmp_path, **TWO)
     begun = [path / "metrics.jsonl" for path in seeds_in(tmp_path)[:2]]
     deadline = time.monotonic() + 120
     while not all(path.exists() for path in begun):
@@ -75,7 +75,7 @@ def test_a_signal_stops_all_seeds_and_they_go_on(alone: list, tmp_path: Path):
         assert any((seed / "checkpoints/latest").iterdir())
         assert not (seed / "summary.json").exists()
     assert not seeds_in(tmp_path)[2].exists()
-    assert command(*THREE_SEEDS, *STEP_BY_STEP, cwd=tmp_path, **TWO).returncode == 0
+    assert command(*THREE_SEEDS, STEP_BY_STEP, cwd=tmp_path, **TWO).returncode == 0
     assert results(*seeds_in(tmp_path)) == alone
 
 
@@ -108,7 +108,7 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 small = ["model.blocks=[[4]]", "model.dense=[8]", "data.image_size=8", "train.epochs=1"]
 config = with_overrides(configs.get("quickstart"), [*small, "train.seeds=5"])
-runs.run_seeds(config, load(config.data), Path(sys.argv[1]), lambda *_, **__: RunLog(*_, **__))
+runs.run_seeds(config, load(config.data), Path(sys.argv[1]), RunLog)
 print([n for name, n in compiled.items() if "train_segment" in name])
 """
 
