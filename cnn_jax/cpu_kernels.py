@@ -11,6 +11,7 @@ fewer multiplications, by Winograd's minimal filtering.
 Images are NHWC and kernels HWIO. `layers` chooses between these functions and XLA's own.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -31,8 +32,11 @@ Grid = Any
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 # Output pixels worked on at a time: what is computed from them should fit into a core's cache and
-# still give matrices large enough to multiply at full speed.
+# still give matrices large enough to multiply at full speed. Of bfloat16 twice as many do.
 _CHUNK_PIXELS = 1024
+
+# Rows of a dense kernel worked on at a time, for the same reasons.
+_CHUNK_ROWS = 512
 
 # F(2x2, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), eq. 10:
 # from 4x4 tiles of the input that overlap by two pixels, 2x2 tiles of the output.
@@ -42,8 +46,8 @@ _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 # Zeros around an image for a 3x3 convolution to keep its size.
 _SAME: Pads = ((1, 1), (1, 1))
-# Of a product with the identity matrix: more cost more multiplications, fewer make it inefficient.
-_TURNED_COLUMNS = 32
+# Of a product with the identity matrix: more cost more multiplications, fewer more products.
+_TURNED_COLUMNS = 64
 # Stands for a place in a window where ReLU stops the gradient: its maximum is not above 0.
 _DEAD = 4
 
@@ -62,7 +66,7 @@ def conv(
 
     def convolve(x: Array, kernels: Grid) -> tuple[Array, None]:
         tiles = _input_tiles(x, pads, size)
-        return _join(_multiply_tiles(tiles, kernels, kernel.shape[-1], x.dtype), size), None
+        return _join(_multiply_tiles(tiles, kernels, kernel.shape[-1]), size, x.dtype), None
 
     return _in_turns(convolve, (x,), _transformed(kernel), n_pixels=size[0] * size[1])[0]
 
@@ -111,6 +115,9 @@ def _sum_patches(
     x: Array, dy: Array, shape: Sequence[int], strides: Pair, pads: Pads
 ) -> Float[Array, "window_and_in out"]:
     """Multiplies the patches that the kernel saw with dy."""
+    if math.prod(shape[:3]) < _TURNED_COLUMNS:  # Then float32 is faster than to transpose bfloat16.
+        x, dy = _widen(x), _widen(dy)
+    dy = _round(dy, x.dtype)
     places = _windows(_pad(x, pads), shape[:2], strides, dy.shape[1:3])
     return _sum_over_pixels(jnp.concatenate([a for row in places for a in row], axis=-1), dy)
 
@@ -137,8 +144,9 @@ def _conv_relu_forward(
     x: Array, kernel: Array, bias: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None, Array]]:
     def run(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, None]:
-        y = lax.conv_general_dilated(x, kernel, (1, 1), _SAME, dimension_numbers=NHWC)
-        return jnp.maximum(_plus(y, bias), 0), None
+        wide, wide_kernel = _widen(x), _widen(kernel)
+        y = lax.conv_general_dilated(wide, wide_kernel, (1, 1), _SAME, dimension_numbers=NHWC)
+        return _round(jnp.maximum(_plus(y, bias), 0), x.dtype), None
 
     # XLA's own convolution takes less time for several images than for one.
     y = _in_turns(run, (x,), kernel, bias, n_pixels=x.shape[1] * x.shape[2] // 8)[0]
@@ -152,11 +160,11 @@ def _conv_relu_backward(
 
     def run(x: Array, dy: Array, y: Array) -> tuple[None, Any]:
         dy = _before_relu(dy, y)
-        dkernel = _sum_patches(x, dy.astype(x.dtype), kernel.shape, (1, 1), _SAME)
+        dkernel = _sum_patches(x, dy, kernel.shape, (1, 1), _SAME)
         return None, (dkernel, jnp.sum(dy, axis=(0, 1, 2)))
 
     _, (dkernel, dbias) = _in_turns(run, (x, dy, y), n_pixels=x.shape[1] * x.shape[2])
-    dy = _before_relu(dy, y).astype(x.dtype)
+    dy = _round(_before_relu(dy, y), x.dtype)
     dx = _input_gradient(dy, kernel, x.shape, (1, 1), _SAME)
     dbias = None if bias is None else dbias.astype(bias.dtype)
     return dx, _to_kernel_gradient(dkernel, kernel), dbias
@@ -190,16 +198,16 @@ def _conv_relu_pool_forward(
     size = x.shape[1:3]
 
     def run(x: Array, kernels: Grid, bias: Array | None) -> tuple[Any, None]:
-        quarters = _multiply_tiles(_input_tiles(x, _SAME, size), kernels, kernel.shape[-1], x.dtype)
+        quarters = _multiply_tiles(_input_tiles(x, _SAME, size), kernels, kernel.shape[-1])
         quarters = jax.tree.map(lambda y: _plus(y, bias), quarters)
         if not pool:
-            return _join(jax.tree.map(lambda y: jnp.maximum(y, 0), quarters), size), None
+            return _join(jax.tree.map(lambda y: jnp.maximum(y, 0), quarters), size, x.dtype), None
         whole = [y[:, : size[0] // 2, : size[1] // 2] for row in quarters for y in row]
         largest, place = _largest(whole)
         if relu:
             place = jnp.where(largest > 0, place, jnp.uint8(_DEAD))
             largest = jnp.maximum(largest, 0)
-        return (largest, place), None
+        return (_round(largest, x.dtype), place), None
 
     n_pixels = size[0] * size[1]
     joined = _in_turns(run, (x,), _transformed(kernel), bias, n_pixels=n_pixels)[0]
@@ -215,7 +223,7 @@ def _conv_relu_pool_backward(
 
     def before_pool(dy: Array, place: Array) -> Grid:
         rest = [(0, n - m) for n, m in zip(_halves(size), dy.shape[1:3], strict=True)]
-        dy, place = _pad(dy.astype(jnp.float32), rest), _pad(place, rest)
+        dy, place = _pad(_widen(dy), rest), _pad(place, rest)
         return [[jnp.where(place == 2 * i + j, dy, 0) for j in (0, 1)] for i in (0, 1)]
 
     def run(x: Array, dy: Array, kept: Array, kernels: Grid) -> tuple[Array, Any]:
@@ -223,7 +231,7 @@ def _conv_relu_pool_backward(
         dbias = sum(jnp.sum(part, axis=(0, 1, 2)) for row in quarters for part in row)
         dkernel = _sum_tiles(_input_tiles(x, _SAME, size), quarters, x.dtype)
         tiles = _tiles_of_quarters(quarters, x.dtype)
-        dx = _join(_multiply_tiles(tiles, kernels, x.shape[-1], x.dtype), size)
+        dx = _join(_multiply_tiles(tiles, kernels, x.shape[-1]), size, x.dtype)
         return dx, (dkernel, dbias)
 
     kernels, n_pixels = _transformed(_turn(kernel)), size[0] * size[1]
@@ -236,12 +244,12 @@ conv_relu_pool.defvjp(_conv_relu_pool_forward, _conv_relu_pool_backward)
 
 
 def _plus(y: Array, bias: Array | None) -> Array:
-    return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+    return y if bias is None else y + _widen(bias).reshape(1, 1, 1, -1)
 
 
 def _before_relu(dy: Array, y: Array) -> Array:
     """Returns the float32 gradient of what went into ReLU, which made y of it."""
-    return jnp.where(y > 0, dy.astype(jnp.float32), 0)
+    return jnp.where(_widen(y) > 0, _widen(dy), 0)
 
 
 def _transformed(kernel: Array) -> Grid:
@@ -260,8 +268,8 @@ def _pad_channels(x: Array) -> Array:
 def _input_tiles(x: Array, pads: Pads, size: Sequence[int]) -> Grid:
     """Returns the transformed 4x4 tiles of x: a 4x4 grid of [batch, rows, columns, channels]."""
     (top, bottom), (left, right) = pads
-    x = _pad(x, ((top, bottom + size[0] % 2), (left, right + size[1] % 2)))
-    return _transform(_INPUT, _windows(x, (4, 4), (2, 2), _halves(size)), x.dtype)
+    padded = _pad(_widen(x), ((top, bottom + size[0] % 2), (left, right + size[1] % 2)))
+    return _transform(_INPUT, _windows(padded, (4, 4), (2, 2), _halves(size)), x.dtype)
 
 
 def _tiles_of_quarters(quarters: Grid, dtype: Any) -> Grid:
@@ -278,23 +286,24 @@ def _tiles_of_quarters(quarters: Grid, dtype: Any) -> Grid:
     return _transform(_INPUT, grid, dtype)
 
 
-def _multiply_tiles(tiles: Grid, kernels: Grid, n_out: int, dtype: Any) -> Grid:
-    """Returns the convolution's 2x2 tiles: a 2x2 grid of [batch, rows, columns, n_out].
+def _multiply_tiles(tiles: Grid, kernels: Grid, n_out: int) -> Grid:
+    """Returns the convolution's 2x2 tiles: a 2x2 grid of float32 [batch, rows, columns, n_out].
 
     The barrier keeps XLA from computing the tiles anew inside each product.
     """
     multiply = partial(jnp.matmul, preferred_element_type=jnp.float32)
     products = jax.tree.map(multiply, lax.optimization_barrier(tiles), kernels)
     products = jax.tree.map(lambda product: product[..., :n_out], products)
-    return _transform(_OUTPUT, products, dtype)
+    return _transform(_OUTPUT, products, jnp.float32)
 
 
-def _join(quarters: Grid, size: Sequence[int]) -> Array:
-    """Returns the image of which the 2x2 tiles are given."""
-    (a, b), (c, d) = quarters
+def _join(quarters: Grid, size: Sequence[int], dtype: Any) -> Array:
+    """Returns the image of which the 2x2 tiles are given in float32."""
+    (a, b), (c, d) = jax.tree.map(lambda quarter: _to_bits(_round(quarter, dtype)), quarters)
     y = jnp.stack([jnp.stack([a, b], axis=3), jnp.stack([c, d], axis=3)], axis=2)
     n, rows, _, columns, _, channels = y.shape
-    return y.reshape(n, 2 * rows, 2 * columns, channels)[:, : size[0], : size[1]]
+    y = y.reshape(n, 2 * rows, 2 * columns, channels)[:, : size[0], : size[1]]
+    return _from_bits(y, dtype)
 
 
 def _quarters(dy: Array) -> Grid:
@@ -304,7 +313,7 @@ def _quarters(dy: Array) -> Grid:
     for each of the 16 transformed gradients.
     """
     height, width = dy.shape[1:3]
-    padded = _pad(dy, ((0, 2 - height % 2), (0, width % 2)))
+    padded = _pad(_widen(dy), ((0, 2 - height % 2), (0, width % 2)))
     return _windows(padded, (2, 2), (2, 2), _halves((height, width)))
 
 
@@ -334,12 +343,12 @@ def _transpose(matrix: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
 def _transform(matrix: Sequence[Sequence[float]], grid: Grid, dtype: Any) -> list[list[Array]]:
     """Returns matrix @ grid @ matrix.T for a grid of arrays, computed in float32."""
     half = [[_combine(row, column) for column in zip(*grid, strict=True)] for row in matrix]
-    return [[_combine(row, line).astype(dtype) for row in matrix] for line in half]
+    return [[_round(_combine(row, line), dtype) for row in matrix] for line in half]
 
 
 def _combine(factors: Sequence[float], arrays: Sequence[Array]) -> Array:
     """Returns the sum of factor * array, without multiplying by 0 or 1."""
-    pairs = [(f, a.astype(jnp.float32)) for f, a in zip(factors, arrays, strict=True) if f]
+    pairs = [(f, _widen(a)) for f, a in zip(factors, arrays, strict=True) if f]
     terms = [a if f == 1 else f * a for f, a in pairs]
     return sum(terms[1:], start=terms[0])
 
@@ -369,7 +378,7 @@ def _transposed(a: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]
         )
         for part in parts
     ]
-    return lax.optimization_barrier(jnp.concatenate(turned).astype(a.dtype))
+    return lax.optimization_barrier(_round(jnp.concatenate(turned), a.dtype))
 
 
 def _in_turns(
@@ -384,7 +393,7 @@ def _in_turns(
     def run(*args: Any) -> tuple[Any, Any]:
         batches, whole = args[: len(args) - n_whole], args[len(args) - n_whole :]
         n_images = len(batches[0])
-        n = _chunk_size(n_images, n_pixels)
+        n = _chunk_size(n_images, n_pixels * batches[0].dtype.itemsize // 4)
 
         def part(i: Any) -> tuple[Any, Any]:
             return function(*(_chunk(batch, i, n) for batch in batches), *whole)
@@ -419,6 +428,27 @@ def _chunk_size(n_images: int, n_pixels: int) -> int:
 def _chunk(batch: Array, i: Any, n: int) -> Array:
     """Returns the n images of turn i. As scan's slices the images would be copied before it."""
     return _from_bits(lax.dynamic_slice_in_dim(_to_bits(batch), i * n, n), batch.dtype)
+
+
+def _widen(x: Array) -> Array:
+    """Returns x as float32; bfloat16 is the upper half of its bits.
+
+    XLA's CPU backend takes three to five times as long for a conversion from or to bfloat16 as for
+    a few operations on integers, of which LLVM makes vector instructions.
+    """
+    if x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+    return lax.bitcast_convert_type(_to_bits(x).astype(jnp.uint32) << 16, jnp.float32)
+
+
+def _round(x: Array, dtype: Any) -> Array:
+    """Returns float32 as `dtype`, rounded to nearest, ties to even, as a conversion does it."""
+    if dtype != jnp.bfloat16 or x.dtype == dtype:
+        return x.astype(dtype)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    half = jnp.uint32(0x7FFF) + ((bits >> 16) & 1)
+    upper = jnp.where(x == x, (bits + half) >> 16, jnp.uint32(0x7FC0))  # which is NaN
+    return _from_bits(upper.astype(jnp.uint16), dtype)
 
 
 def _to_bits(x: Array) -> Array:
@@ -521,25 +551,85 @@ def _spread_over_windows(place: Array, dy: Array, window: Pair, size: Sequence[i
 
 @jax.custom_vjp
 def dense(x: Float[Array, "batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "batch out"]:
-    """Returns the product of bfloat16 with a kernel that is rounded to it; sums are float32."""
+    """Returns the product of bfloat16 with a float32 kernel that is rounded to it.
+
+    Sums are float32, and so is the kernel's gradient. A rounded kernel is never kept: some rows at
+    a time are rounded and multiplied while they are in the cache, forward and backward.
+    """
     return _dense_forward(x, kernel)[0]
 
 
-def _dense_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    rounded = kernel.astype(x.dtype)
-    y = jnp.matmul(x, rounded, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype), (x, rounded, jnp.zeros((0,), kernel.dtype))
+def _dense_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    def run(bits: Array, kernel: Array) -> Array:
+        def turn(start: Any, n: int, y: Array) -> Array:
+            columns = lax.dynamic_slice_in_dim(bits, start, n, axis=1)
+            factors = _from_bits(columns, x.dtype), _round_rows(kernel, start, n, x.dtype)
+            factors = lax.optimization_barrier(factors)
+            return y + jnp.matmul(*factors, preferred_element_type=jnp.float32)
+
+        y = _over_rows(turn, len(kernel), jnp.zeros((len(bits), kernel.shape[1])))
+        return _to_bits(_round(y, x.dtype))
+
+    if _is_divided(x, kernel):
+        _, y = devices.per_columns(lambda *args: (None, run(*args)), _to_bits(x), kernel)
+    else:
+        y, _ = devices.per_device(lambda *args: (run(*args), None), (_to_bits(x),), kernel)
+    return _from_bits(y, x.dtype), (x, kernel)
 
 
-def _dense_backward(residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, rounded, like_kernel = residuals
-    multiply = partial(lax.dot_general, preferred_element_type=jnp.float32)
-    dx = multiply(dy, rounded, (((1,), (1,)), ((), ())))
-    dkernel = _sum_over_pixels(x, dy)  # whose pixels are the batch
-    return dx.astype(x.dtype), dkernel.astype(like_kernel.dtype)
+def _dense_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    divided = _is_divided(x, kernel)
+
+    def run(bits: Array, dy: Array, kernel: Array) -> tuple[Array, Array]:
+        dy = _from_bits(dy, x.dtype)
+
+        def turn(start: Any, n: int, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+            columns = _from_bits(lax.dynamic_slice_in_dim(bits, start, n, axis=1), x.dtype)
+            rows = lax.optimization_barrier(_round_rows(kernel, start, n, x.dtype))
+            # With the few rows of dy on the left this takes twice as long for a batch of 64.
+            dx = lax.dot_general(
+                rows, dy, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            new = dx, _to_bits(_transposed(columns))
+            return jax.tree.map(
+                lambda a, rows: lax.dynamic_update_slice_in_dim(a, rows, start, axis=0), so_far, new
+            )
+
+        shape = bits.shape[::-1]
+        start = jnp.zeros(shape), jnp.zeros(shape, bits.dtype)
+        dx, turned = _over_rows(turn, len(kernel), start)
+        turned = _from_bits(turned, x.dtype)
+        dkernel = jnp.matmul(turned, dy, preferred_element_type=jnp.float32)
+        dx = devices.sum_columns(dx) if divided else dx
+        return _to_bits(_transposed(_round(dx, x.dtype))), dkernel
+
+    batches = _to_bits(x), _to_bits(dy)
+    if divided:
+        dx, dkernel = devices.per_columns(run, *batches, kernel)
+    else:
+        dx, dkernel = devices.per_device(run, batches, kernel)
+    return _from_bits(dx, x.dtype), dkernel.astype(kernel.dtype)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _is_divided(x: Array, kernel: Array) -> bool:
+    """Says whether each device has some columns of the kernel, and not some rows of x."""
+    return devices.is_divided(kernel.shape) and len(x) % devices.count() == 0
+
+
+def _round_rows(kernel: Array, start: Any, n: int, dtype: Any) -> Array:
+    return _round(lax.dynamic_slice_in_dim(kernel, start, n), dtype)
+
+
+def _over_rows(turn: Callable[[Any, int, Any], Any], n_rows: int, carry: Any) -> Any:
+    """Returns the last carry = turn(start, n, carry), for n rows from `start` on, then the next."""
+    n = min(_CHUNK_ROWS, n_rows)
+    carry = lax.fori_loop(0, n_rows // n, lambda i, carry: turn(i * n, n, carry), carry)
+    rest = n_rows % n
+    return turn(n_rows - rest, rest, carry) if rest else carry
 
 
 @jax.custom_vjp

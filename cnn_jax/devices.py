@@ -139,16 +139,19 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def _home(shape: Sequence[int]) -> NamedSharding:
-    """Returns where an array of a state lies: the outputs of large dense layers are divided."""
-    n = count()
-    divided = (
+    """Returns where an array of a state lies."""
+    return _sharding(None, "data") if is_divided(shape) else _sharding()
+
+
+def is_divided(shape: Sequence[int]) -> bool:
+    """Says whether an array of a state is: the outputs of large dense layers are, on a CPU."""
+    return (
         jax.default_backend() == "cpu"
         and jax.process_count() == 1
         and len(shape) == 2
         and math.prod(shape) >= _LARGE
-        and shape[1] % n == 0
+        and shape[1] % count() == 0
     )
-    return _sharding(None, "data") if divided else _sharding()
 
 
 def keep_placed(state: Any) -> Any:
@@ -199,6 +202,36 @@ def per_device(
         out_specs=(divided, everywhere),
         check_vma=False,  # It wants the zeros that a loop starts from declared as divided.
     )(*batches, *whole)
+
+
+def per_columns(
+    function: Callable[..., tuple[Any, Any]], whole: jax.Array, *divided: jax.Array
+) -> tuple[Any, Any]:
+    """Inside a compiled function: returns function(whole, *divided), computed by shares.
+
+    Each device runs the function on all of one matrix and its share of the others' columns. It
+    returns two matrices, or None instead: of the first one the device's rows, and of the second
+    one its columns.
+    """
+    if count() == 1:
+        return function(whole, *divided)
+    columns = PartitionSpec(None, "data")
+    return jax.shard_map(
+        function,
+        mesh=_mesh(),
+        in_specs=(PartitionSpec(), *(columns,) * len(divided)),
+        out_specs=(PartitionSpec("data"), columns),
+        check_vma=False,
+    )(whole, *divided)
+
+
+def sum_columns(array: jax.Array) -> jax.Array:
+    """Inside of `per_columns`: sums a matrix over the devices; each keeps its share of columns."""
+    if count() == 1:
+        return array
+    n = array.shape[1] // count()
+    total = jax.lax.psum(array, "data")  # psum_scatter would transpose a copy first
+    return jax.lax.dynamic_slice_in_dim(total, jax.lax.axis_index("data") * n, n, axis=1)
 
 
 def join_processes(

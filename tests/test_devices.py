@@ -111,6 +111,39 @@ def test_each_device_computes_its_share_and_no_more():
     assert on_eight(SHARES) == ["(4096, 512) (4096, 64)", "True", "True", "False", "True"]
 
 
+DENSE = """
+import jax, jax.numpy as jnp
+from cnn_jax import devices, layers
+
+for n_images, n_out in ((16, 512), (16, 10), (6, 512)):
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernel = jax.random.normal(keys[0], (600, n_out)).astype(jnp.bfloat16).astype(jnp.float32)
+    x, dy = (
+        jax.random.normal(key, shape).astype(jnp.bfloat16)
+        for key, shape in zip(keys[1:], [(n_images, 600), (n_images, n_out)])
+    )
+
+    def run(x, kernel, dy):
+        y, backward = jax.vjp(layers.dense, x, kernel)
+        return y, *backward(dy)
+
+    found = jax.jit(run)(x, devices.place(kernel), dy)
+    with layers.portable():
+        exact = run(*(a.astype(jnp.float32) for a in (x, kernel, dy)))
+    for a, b, tolerance in zip(found, exact, (2**-7, 2**-7, 1e-6)):
+        assert float(jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max()) < tolerance
+    print(n_images, n_out, *(array.sharding.shard_shape(array.shape) for array in found))
+"""
+
+
+def test_dense_layers_of_bfloat16_are_divided_by_columns_if_large_or_else_by_images():
+    assert on_eight(DENSE) == [
+        "16 512 (16, 64) (2, 600) (600, 64)",
+        "16 10 (2, 10) (2, 600) (600, 10)",
+        "6 512 (6, 64) (6, 600) (600, 64)",
+    ]
+
+
 PARTS = """
 from cnn_jax import configs, layers, loop
 from cnn_jax.config import with_overrides
