@@ -292,29 +292,18 @@ def verify(config: Config, workdir: Path) -> bool:
         raise UserError(f"the images are not those that {workdir} was trained on")
     # On one device, as a seed of several is trained, however many there are.
     alone = jax.local_devices()[0] if finished["device"]["count"] == 1 else None
-    with devices.only(alone):
-        return _verify(config, workdir, finished, dataset, console)
-
-
-def _verify(
-    config: Config,
-    workdir: Path,
-    finished: dict[str, Any],
-    dataset: data.ImageDataset,
-    console: Console,
-) -> bool:
-    with tempfile.TemporaryDirectory(prefix="cnn_jax_verify_") as folder:
+    with devices.only(alone), tempfile.TemporaryDirectory(prefix="cnn_jax_verify_") as folder:
         try:
             found = runs.retrain(config, dataset, Path(folder), RunLog(Path(folder), console))
         except Stopped as stopped:
             console.print("verification stopped; it starts anew next time")
             raise SystemExit(stopped.exit_code) from None
+        changes = runs.changed_surroundings(finished)
     expected = finished["params_sha256"]
     if found == expected:
         console.print(f"params_sha256 matches: {found}")
         return True
     console.print(f"params_sha256 differs: {expected} in {workdir}, {found} now")
-    changes = runs.changed_surroundings(finished)
     console.print("\n".join(changes) or "versions and device are the same")
     return False
 
