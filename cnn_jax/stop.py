@@ -44,8 +44,9 @@ def on_signals() -> Iterator[StopRequest]:
     Inside of another such block, where it may be another thread's, it shares that one's request.
 
     The first is noted; a second one leaves at once, without saving, which a checkpoint survives as
-    it survives a kill. Python runs no handler while the main thread waits for the device, so the
-    second is seen by a thread, through the file descriptor that the interpreter's own writes to.
+    it survives a kill. Python runs no handler while the main thread waits for the device or, if
+    another thread was interrupted, for a lock. So a thread notes them as well, through the file
+    descriptor that the interpreter's own handler writes to.
     """
     if outer := _CURRENT.get():
         yield outer
@@ -53,7 +54,7 @@ def on_signals() -> Iterator[StopRequest]:
     request = StopRequest()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    threading.Thread(target=_leave_on_the_second, args=(reader,), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, request), daemon=True).start()
     previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     previous = {s: signal.signal(s, request.note) for s in _SIGNALS}
     token = _CURRENT.set(request)
@@ -67,12 +68,14 @@ def on_signals() -> Iterator[StopRequest]:
         writer.close()
 
 
-def _leave_on_the_second(reader: socket.socket) -> None:
-    """Counts signals until the other end is closed, and ends the process at the second."""
+def _watch(reader: socket.socket, request: StopRequest) -> None:
+    """Notes signals until the other end is closed, and ends the process at the second."""
     seen: list[int] = []
     with reader:
         while signums := reader.recv(16):
             seen += [signum for signum in signums if signum in _SIGNALS]
+            if seen:
+                request.note(seen[0], None)
             if len(seen) > 1:
                 Console().show_cursor()  # which a progress bar has hidden
                 os._exit(128 + seen[1])

@@ -23,6 +23,24 @@ def test_a_signal_is_noted(signum: int, code: int):
     assert str(stopped) == f"stopped by {signal.Signals(signum).name} after step 4, saved"
 
 
+def test_a_signal_that_interrupts_another_thread_is_noted_while_the_main_one_waits():
+    found, over = [], threading.Event()
+
+    def interrupt_itself() -> None:
+        time.sleep(0.1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while not stop.requested and time.monotonic() < deadline:
+            time.sleep(0.001)
+        found.append(stop.requested)
+        over.set()
+
+    with on_signals() as stop:
+        threading.Thread(target=interrupt_itself).start()
+        over.wait()
+    assert found == [signal.SIGTERM]
+
+
 TWO_SIGNALS = """
 import os, signal, time
 from cnn_jax.stop import on_signals
