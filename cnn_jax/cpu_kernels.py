@@ -291,8 +291,7 @@ def _multiply_tiles(tiles: Grid, kernels: Grid, n_out: int) -> Grid:
 
     The barrier keeps XLA from computing the tiles anew inside each product.
     """
-    multiply = partial(jnp.matmul, preferred_element_type=jnp.float32)
-    products = jax.tree.map(multiply, lax.optimization_barrier(tiles), kernels)
+    products = jax.tree.map(_matmul, lax.optimization_barrier(tiles), kernels)
     products = jax.tree.map(lambda product: product[..., :n_out], products)
     return _transform(_OUTPUT, products, jnp.float32)
 
@@ -357,8 +356,18 @@ def _sum_over_pixels(a: Array, b: Array) -> Float[Array, "a_channels b_channels"
     """Contracts batch, height and width, flattened first: of more axes XLA transposes copies."""
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     if a.dtype == jnp.bfloat16:
-        return jnp.matmul(_transposed(a), b, preferred_element_type=jnp.float32)
+        return _matmul(_transposed(a), b)
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    """Returns a @ b, whose sums are float32."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _matmul_transposed(a: Array, b: Array) -> Array:
+    """Returns a @ b.T, whose sums are float32, without transposing b first."""
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _transposed(a: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
@@ -369,15 +378,7 @@ def _transposed(a: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]
     """
     columns = a.shape[1]
     parts = [a[:, i : i + _TURNED_COLUMNS] for i in range(0, columns, _TURNED_COLUMNS)]
-    turned = [
-        lax.dot_general(
-            jnp.eye(part.shape[1], dtype=a.dtype),
-            part,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        for part in parts
-    ]
+    turned = [_matmul_transposed(jnp.eye(part.shape[1], dtype=a.dtype), part) for part in parts]
     return lax.optimization_barrier(_round(jnp.concatenate(turned), a.dtype))
 
 
@@ -396,16 +397,13 @@ def _in_turns(
         n = _chunk_size(n_images, n_pixels * batches[0].dtype.itemsize // 4)
 
         def part(i: Any) -> tuple[Any, Any]:
-            return function(*(_chunk(batch, i, n) for batch in batches), *whole)
+            return function(*(_slice(batch, i * n, n) for batch in batches), *whole)
 
         def turn(i: Array, so_far: tuple[Any, Any]) -> tuple[Any, Any]:
             rows, terms = part(i)
             joined, total = so_far
-            joined = jax.tree.map(partial(write, i), joined, rows)
+            joined = jax.tree.map(partial(_write, i * n), joined, rows)
             return joined, jax.tree.map(jnp.add, total, terms)
-
-        def write(i: Array, rows: Array, new: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(rows, _to_bits(new), i * n, axis=0)
 
         def room(rows: Any) -> Array:
             return _to_bits(jnp.zeros((n_images, *rows.shape[1:]), rows.dtype))
@@ -425,9 +423,14 @@ def _chunk_size(n_images: int, n_pixels: int) -> int:
     return next(n for n in range(limit, 0, -1) if n_images % n == 0)
 
 
-def _chunk(batch: Array, i: Any, n: int) -> Array:
-    """Returns the n images of turn i. As scan's slices the images would be copied before it."""
-    return _from_bits(lax.dynamic_slice_in_dim(_to_bits(batch), i * n, n), batch.dtype)
+def _slice(x: Array, start: Any, n: int, axis: int = 0) -> Array:
+    """Returns n rows, or columns, of x. As scan's slices they would be copied before it."""
+    return _from_bits(lax.dynamic_slice_in_dim(_to_bits(x), start, n, axis), x.dtype)
+
+
+def _write(start: Any, bits: Array, rows: Array) -> Array:
+    """Returns bits with the rows' from `start` on."""
+    return lax.dynamic_update_slice_in_dim(bits, _to_bits(rows), start, axis=0)
 
 
 def _widen(x: Array) -> Array:
@@ -561,11 +564,11 @@ def dense(x: Float[Array, "batch in"], kernel: Float[Array, "in out"]) -> Float[
 
 def _dense_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     def run(bits: Array, kernel: Array) -> Array:
+        x_whole = _from_bits(bits, x.dtype)
+
         def turn(start: Any, n: int, y: Array) -> Array:
-            columns = lax.dynamic_slice_in_dim(bits, start, n, axis=1)
-            factors = _from_bits(columns, x.dtype), _round_rows(kernel, start, n, x.dtype)
-            factors = lax.optimization_barrier(factors)
-            return y + jnp.matmul(*factors, preferred_element_type=jnp.float32)
+            rows = _round(_slice(kernel, start, n), x.dtype)
+            return y + _matmul(*lax.optimization_barrier((_slice(x_whole, start, n, axis=1), rows)))
 
         y = _over_rows(turn, len(kernel), jnp.zeros((len(bits), kernel.shape[1])))
         return _to_bits(_round(y, x.dtype))
@@ -578,38 +581,30 @@ def _dense_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]
 
 
 def _dense_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
-    divided = _is_divided(x, kernel)
+    dtype, divided = dy.dtype, _is_divided(*residuals)
 
-    def run(bits: Array, dy: Array, kernel: Array) -> tuple[Array, Array]:
-        dy = _from_bits(dy, x.dtype)
+    def run(x: Array, dy: Array, kernel: Array) -> tuple[Array, Array]:
+        x, dy = _from_bits(x, dtype), _from_bits(dy, dtype)
 
         def turn(start: Any, n: int, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
-            columns = _from_bits(lax.dynamic_slice_in_dim(bits, start, n, axis=1), x.dtype)
-            rows = lax.optimization_barrier(_round_rows(kernel, start, n, x.dtype))
+            rows = lax.optimization_barrier(_round(_slice(kernel, start, n), dtype))
             # With the few rows of dy on the left this takes twice as long for a batch of 64.
-            dx = lax.dot_general(
-                rows, dy, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
-            new = dx, _to_bits(_transposed(columns))
-            return jax.tree.map(
-                lambda a, rows: lax.dynamic_update_slice_in_dim(a, rows, start, axis=0), so_far, new
-            )
+            new = _matmul_transposed(rows, dy), _transposed(_slice(x, start, n, axis=1))
+            return jax.tree.map(partial(_write, start), so_far, new)
 
-        shape = bits.shape[::-1]
-        start = jnp.zeros(shape), jnp.zeros(shape, bits.dtype)
-        dx, turned = _over_rows(turn, len(kernel), start)
-        turned = _from_bits(turned, x.dtype)
-        dkernel = jnp.matmul(turned, dy, preferred_element_type=jnp.float32)
+        room = jnp.zeros(x.shape[::-1]), _to_bits(jnp.zeros(x.shape[::-1], dtype))
+        dx, turned = _over_rows(turn, len(kernel), room)
+        dkernel = _matmul(_from_bits(turned, dtype), dy)
         dx = devices.sum_columns(dx) if divided else dx
-        return _to_bits(_transposed(_round(dx, x.dtype))), dkernel
+        return _to_bits(_transposed(_round(dx, dtype))), dkernel
 
+    x, kernel = residuals
     batches = _to_bits(x), _to_bits(dy)
     if divided:
         dx, dkernel = devices.per_columns(run, *batches, kernel)
     else:
         dx, dkernel = devices.per_device(run, batches, kernel)
-    return _from_bits(dx, x.dtype), dkernel.astype(kernel.dtype)
+    return _from_bits(dx, dtype), dkernel.astype(kernel.dtype)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
@@ -618,10 +613,6 @@ dense.defvjp(_dense_forward, _dense_backward)
 def _is_divided(x: Array, kernel: Array) -> bool:
     """Says whether each device has some columns of the kernel, and not some rows of x."""
     return devices.is_divided(kernel.shape) and len(x) % devices.count() == 0
-
-
-def _round_rows(kernel: Array, start: Any, n: int, dtype: Any) -> Array:
-    return _round(lax.dynamic_slice_in_dim(kernel, start, n), dtype)
 
 
 def _over_rows(turn: Callable[[Any, int, Any], Any], n_rows: int, carry: Any) -> Any:

@@ -195,13 +195,8 @@ def per_device(
         return joined, jax.lax.psum(terms, "data")
 
     everywhere, divided = PartitionSpec(), PartitionSpec("data")
-    return jax.shard_map(
-        share,
-        mesh=_mesh(),
-        in_specs=(divided,) * len(batches) + (everywhere,) * len(whole),
-        out_specs=(divided, everywhere),
-        check_vma=False,  # It wants the zeros that a loop starts from declared as divided.
-    )(*batches, *whole)
+    in_specs = (divided,) * len(batches) + (everywhere,) * len(whole)
+    return _by_shares(share, in_specs, (divided, everywhere))(*batches, *whole)
 
 
 def per_columns(
@@ -215,14 +210,16 @@ def per_columns(
     """
     if count() == 1:
         return function(whole, *divided)
-    columns = PartitionSpec(None, "data")
+    rows, columns = PartitionSpec("data"), PartitionSpec(None, "data")
+    in_specs = (PartitionSpec(), *(columns,) * len(divided))
+    return _by_shares(function, in_specs, (rows, columns))(whole, *divided)
+
+
+def _by_shares(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    # check_vma wants the zeros that a loop starts from declared as divided.
     return jax.shard_map(
-        function,
-        mesh=_mesh(),
-        in_specs=(PartitionSpec(), *(columns,) * len(divided)),
-        out_specs=(PartitionSpec("data"), columns),
-        check_vma=False,
-    )(whole, *divided)
+        function, mesh=_mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def sum_columns(array: jax.Array) -> jax.Array:

@@ -14,7 +14,13 @@ from test_main import SMALL, command, mistake
 from cnn_jax import devices
 
 ONE = {"JAX_NUM_CPU_DEVICES": "1"}
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+def virtual(n: int) -> dict[str, str]:
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
+
+
+EIGHT = virtual(8)
 
 
 def losses(workdir: Path) -> np.ndarray:
@@ -94,11 +100,11 @@ print("f32[3,32,32,16]" in trainer.compiled.as_text())
 """
 
 
-def on_eight(program: str, *arguments: str) -> list[str]:
-    """Returns the lines that a program prints that sees eight devices."""
+def on_devices(program: str, *arguments: str, n: int = 8) -> list[str]:
+    """Returns the lines that a program prints that sees n devices."""
     result = subprocess.run(
         [sys.executable, "-c", program, *arguments],
-        env={**os.environ, **EIGHT, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, **virtual(n), "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=300,
@@ -108,7 +114,7 @@ def on_eight(program: str, *arguments: str) -> list[str]:
 
 
 def test_each_device_computes_its_share_and_no_more():
-    assert on_eight(SHARES) == ["(4096, 512) (4096, 64)", "True", "True", "False", "True"]
+    assert on_devices(SHARES) == ["(4096, 512) (4096, 64)", "True", "True", "False", "True"]
 
 
 DENSE = """
@@ -137,7 +143,7 @@ for n_images, n_out in ((16, 512), (16, 10), (6, 512)):
 
 
 def test_dense_layers_of_bfloat16_are_divided_by_columns_if_large_or_else_by_images():
-    assert on_eight(DENSE) == [
+    assert on_devices(DENSE) == [
         "16 512 (16, 64) (2, 600) (600, 64)",
         "16 10 (2, 10) (2, 600) (600, 10)",
         "6 512 (6, 64) (6, 600) (600, 64)",
@@ -161,4 +167,4 @@ print([n for n in (2, 4, 16, 32) if f"f32[{n},32,32,16]" in program])
 
 def test_parts_of_a_batch_are_spread_over_the_devices():
     """As XLA's own convolutions, of which it would else give every device all."""
-    assert on_eight(PARTS) == ["[2]"]
+    assert on_devices(PARTS) == ["[2]"]

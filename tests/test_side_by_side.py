@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_devices import ONE, on_eight
+from test_devices import ONE, on_devices
 from test_main import SMALL, command, mistake, start
 
 from cnn_jax import devices
@@ -89,12 +89,10 @@ def test_a_seed_that_fails_ends_the_command_with_its_name(
 
 
 COMPILATIONS = """
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax
 
 from cnn_jax import configs, runs
@@ -114,7 +112,7 @@ print([n for name, n in compiled.items() if "train_segment" in name])
 
 
 def test_each_device_compiles_once(tmp_path: Path):
-    assert on_eight(COMPILATIONS, str(tmp_path))[-1] == "[2]"
+    assert on_devices(COMPILATIONS, str(tmp_path), n=2)[-1] == "[2]"
 
 
 PLACES = """
@@ -144,7 +142,7 @@ with devices.only(jax.devices()[3]):
 
 
 def test_each_has_a_device_and_all_go_on_at_the_same_time():
-    assert on_eight(PLACES) == [
+    assert on_devices(PLACES) == [
         "{1} [0, 1, 2, 3, 4, 5, 6, 7]",
         "[0, 1, 2, 3, 4, 5, 6, 7]",
         "8 8",
