@@ -414,7 +414,8 @@ def _in_turns(
         return jax.tree.map(lambda a, like: _from_bits(a, like.dtype), joined, rows), total
 
     n_whole = len(whole)
-    return devices.per_device(run, batches, *whole)
+    in_axes = (0,) * len(batches) + (None,) * n_whole
+    return devices.by_shares(run, in_axes, (0, None))(*batches, *whole)
 
 
 def _chunk_size(n_images: int, n_pixels: int) -> int:
@@ -563,25 +564,22 @@ def dense(x: Float[Array, "batch in"], kernel: Float[Array, "in out"]) -> Float[
 
 
 def _dense_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    def run(bits: Array, kernel: Array) -> Array:
+    def run(bits: Array, kernel: Array) -> tuple[Array]:
         x_whole = _from_bits(bits, x.dtype)
 
         def turn(start: Any, n: int, y: Array) -> Array:
             rows = _round(_slice(kernel, start, n), x.dtype)
             return y + _matmul(*lax.optimization_barrier((_slice(x_whole, start, n, axis=1), rows)))
 
-        y = _over_rows(turn, len(kernel), jnp.zeros((len(bits), kernel.shape[1])))
-        return _to_bits(_round(y, x.dtype))
+        return (_over_rows(turn, len(kernel), jnp.zeros((len(bits), kernel.shape[1]))),)
 
-    if _is_divided(x, kernel):
-        _, y = devices.per_columns(lambda *args: (None, run(*args)), _to_bits(x), kernel)
-    else:
-        y, _ = devices.per_device(lambda *args: (run(*args), None), (_to_bits(x),), kernel)
-    return _from_bits(y, x.dtype), (x, kernel)
+    axes = ((1, 0), (None,)) if devices.is_divided(kernel.shape) else ((0, None), (0,))
+    (y,) = devices.by_shares(run, *axes)(_to_bits(x), kernel)
+    return _round(devices.spread(y), x.dtype), (x, kernel)
 
 
 def _dense_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    dtype, divided = dy.dtype, _is_divided(*residuals)
+    dtype = dy.dtype
 
     def run(x: Array, dy: Array, kernel: Array) -> tuple[Array, Array]:
         x, dy = _from_bits(x, dtype), _from_bits(dy, dtype)
@@ -589,30 +587,23 @@ def _dense_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, A
         def turn(start: Any, n: int, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
             rows = lax.optimization_barrier(_round(_slice(kernel, start, n), dtype))
             # With the few rows of dy on the left this takes twice as long for a batch of 64.
-            new = _matmul_transposed(rows, dy), _transposed(_slice(x, start, n, axis=1))
+            dx = _round(_matmul_transposed(rows, dy), dtype)
+            new = dx, _transposed(_slice(x, start, n, axis=1))
             return jax.tree.map(partial(_write, start), so_far, new)
 
-        room = jnp.zeros(x.shape[::-1]), _to_bits(jnp.zeros(x.shape[::-1], dtype))
-        dx, turned = _over_rows(turn, len(kernel), room)
+        room = _to_bits(jnp.zeros(x.shape[::-1], dtype))
+        dx, turned = _over_rows(turn, len(kernel), (room, room))
         dkernel = _matmul(_from_bits(turned, dtype), dy)
-        dx = devices.sum_columns(dx) if divided else dx
-        return _to_bits(_transposed(_round(dx, dtype))), dkernel
+        return _to_bits(_transposed(_from_bits(dx, dtype))), dkernel
 
     x, kernel = residuals
-    batches = _to_bits(x), _to_bits(dy)
-    if divided:
-        dx, dkernel = devices.per_columns(run, *batches, kernel)
-    else:
-        dx, dkernel = devices.per_device(run, batches, kernel)
+    divided = devices.is_divided(kernel.shape)
+    axes = ((1, None, 0), (1, 0)) if divided else ((0, 0, None), (0, None))
+    dx, dkernel = devices.by_shares(run, *axes)(_to_bits(x), _to_bits(dy), kernel)
     return _from_bits(dx, dtype), dkernel.astype(kernel.dtype)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
-
-
-def _is_divided(x: Array, kernel: Array) -> bool:
-    """Says whether each device has some columns of the kernel, and not some rows of x."""
-    return devices.is_divided(kernel.shape) and len(x) % devices.count() == 0
 
 
 def _over_rows(turn: Callable[[Any, int, Any], Any], n_rows: int, carry: Any) -> Any:

@@ -1,11 +1,11 @@
 """Several devices and processes: one mesh with the axis `data`, over which a batch is spread.
 
 A run has all devices, or inside of `only` a single one; then every function here returns what it
-is given. A step's examples are divided, so
-gradients are summed across devices; parameters and the data set lie whole on every device. But on
-the cores of a CPU, each a device of its own, the kernels of dense layers are divided, not their
-examples: data parallelism for convolutions and model parallelism for dense layers, as in
-Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014).
+is given. A step's examples are divided, so gradients are summed across devices; parameters and the
+data set lie whole on every device. But on the cores of a CPU, each a device of its own, the kernels
+of dense layers are divided, by their inputs, not their examples: data parallelism for convolutions
+and model parallelism for dense layers, as in Krizhevsky, "One weird trick for parallelizing
+convolutional neural networks" (2014).
 With several processes all run the same program on the mesh of all their devices; the main one,
 process 0, alone reads and writes the workdir, and the others learn from it what it found there.
 """
@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax.errors import UserError, one_line
 
+Axes = tuple[int | None, ...]
 Place = Any
 """A jax.Device that a run is alone on, or None: it has all of them."""
 
@@ -95,8 +96,13 @@ def _mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
-def _sharding(*axes: str | None) -> NamedSharding:
-    return NamedSharding(_mesh(), PartitionSpec(*axes))
+def _sharding(axis: int | None = None) -> NamedSharding:
+    """Returns that of an array of which this axis is divided, or none."""
+    return NamedSharding(_mesh(), _spec(axis))
+
+
+def _spec(axis: int | None) -> PartitionSpec:
+    return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, "data")
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -140,17 +146,17 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 def _home(shape: Sequence[int]) -> NamedSharding:
     """Returns where an array of a state lies."""
-    return _sharding(None, "data") if is_divided(shape) else _sharding()
+    return _sharding(0 if is_divided(shape) else None)
 
 
 def is_divided(shape: Sequence[int]) -> bool:
-    """Says whether an array of a state is: the outputs of large dense layers are, on a CPU."""
+    """Says whether an array of a state is: kernels of large dense layers are, on a CPU."""
     return (
         jax.default_backend() == "cpu"
         and jax.process_count() == 1
         and len(shape) == 2
         and math.prod(shape) >= _LARGE
-        and shape[1] % count() == 0
+        and shape[0] % count() == 0
     )
 
 
@@ -162,11 +168,11 @@ def keep_placed(state: Any) -> Any:
     return jax.tree.map(lambda leaf: constrain(leaf, _home(leaf.shape)), state)
 
 
-def spread(array: jax.Array) -> jax.Array:
-    """Inside a compiled function: divides the first axis among the devices."""
-    if count() == 1:
+def spread(array: jax.Array, axis: int = 0) -> jax.Array:
+    """Inside a compiled function: divides an axis among the devices, if that is possible evenly."""
+    if count() == 1 or array.shape[axis] % count():
         return array
-    return jax.lax.with_sharding_constraint(array, _sharding("data"))
+    return jax.lax.with_sharding_constraint(array, _sharding(axis))
 
 
 def gather(array: jax.Array) -> jax.Array:
@@ -176,59 +182,33 @@ def gather(array: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, _sharding())
 
 
-def per_device(
-    function: Callable[..., tuple[Any, Any]], batches: Sequence[Any], *whole: Any
-) -> tuple[Any, Any]:
-    """Inside a compiled function: returns function(*batches, *whole), computed by shares.
+def by_shares(function: Callable[..., Any], in_axes: Axes, out_axes: Axes) -> Callable[..., Any]:
+    """Inside a compiled function: returns `function`, whose work is divided among the devices.
 
-    Each device runs the function on its share of the batches' first axis. It returns two trees of
-    arrays: the devices' first ones are joined along that axis, and the second ones summed. XLA
-    divides most operations by itself, but not a loop over a batch's parts: of that every device
-    would run all.
+    As for jax.vmap, `in_axes` says along which axis an argument is divided, or None: each device
+    has all of it. `out_axes` says along which axis results are joined, or None: they are summed.
+    An argument or a result may be a tree of arrays. XLA divides most operations by itself, but not
+    a loop: of that each device would run all. So it does where an axis can't be divided evenly.
     """
-    n = count()
-    if n == 1 or len(batches[0]) % n:
-        return function(*batches, *whole)
 
-    def share(*args: Any) -> tuple[Any, Any]:
-        joined, terms = function(*args)
-        return joined, jax.lax.psum(terms, "data")
+    def share(*args: Any) -> Any:
+        results = function(*args)
+        return tuple(
+            jax.lax.psum(result, "data") if axis is None else result
+            for axis, result in zip(out_axes, results, strict=True)
+        )
 
-    everywhere, divided = PartitionSpec(), PartitionSpec("data")
-    in_specs = (divided,) * len(batches) + (everywhere,) * len(whole)
-    return _by_shares(share, in_specs, (divided, everywhere))(*batches, *whole)
+    def run(*args: Any) -> Any:
+        divided = [(arg, axis) for arg, axis in zip(args, in_axes, strict=True) if axis is not None]
+        if count() == 1 or any(arg.shape[axis] % count() for arg, axis in divided):
+            return function(*args)
+        in_specs, out_specs = (tuple(map(_spec, axes)) for axes in (in_axes, out_axes))
+        # check_vma wants the zeros that a loop starts from declared as divided.
+        return jax.shard_map(
+            share, mesh=_mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )(*args)
 
-
-def per_columns(
-    function: Callable[..., tuple[Any, Any]], whole: jax.Array, *divided: jax.Array
-) -> tuple[Any, Any]:
-    """Inside a compiled function: returns function(whole, *divided), computed by shares.
-
-    Each device runs the function on all of one matrix and its share of the others' columns. It
-    returns two matrices, or None instead: of the first one the device's rows, and of the second
-    one its columns.
-    """
-    if count() == 1:
-        return function(whole, *divided)
-    rows, columns = PartitionSpec("data"), PartitionSpec(None, "data")
-    in_specs = (PartitionSpec(), *(columns,) * len(divided))
-    return _by_shares(function, in_specs, (rows, columns))(whole, *divided)
-
-
-def _by_shares(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    # check_vma wants the zeros that a loop starts from declared as divided.
-    return jax.shard_map(
-        function, mesh=_mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
-
-
-def sum_columns(array: jax.Array) -> jax.Array:
-    """Inside of `per_columns`: sums a matrix over the devices; each keeps its share of columns."""
-    if count() == 1:
-        return array
-    n = array.shape[1] // count()
-    total = jax.lax.psum(array, "data")  # psum_scatter would transpose a copy first
-    return jax.lax.dynamic_slice_in_dim(total, jax.lax.axis_index("data") * n, n, axis=1)
+    return run
 
 
 def join_processes(

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from cnn_jax import cpu_kernels
+from cnn_jax import cpu_kernels, devices
 from cnn_jax.cpu_kernels import Pads, Pair
 
 Padding = str | Sequence[tuple[int, int]]
@@ -130,7 +130,10 @@ def dense(
     if x.dtype == jnp.bfloat16 and on_cpu():
         product = cpu_kernels.dense(x.reshape(-1, x.shape[-1]), kernel)
         return product.reshape(*x.shape[:-1], kernel.shape[1])
-    return lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    divided = on_cpu() and devices.is_divided(kernel.shape)
+    x = devices.spread(x, axis=x.ndim - 1) if divided else x
+    y = lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    return devices.spread(y) if divided else y
 
 
 class Conv(nn.Module):

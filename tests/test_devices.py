@@ -114,19 +114,19 @@ def on_devices(program: str, *arguments: str, n: int = 8) -> list[str]:
 
 
 def test_each_device_computes_its_share_and_no_more():
-    assert on_devices(SHARES) == ["(4096, 512) (4096, 64)", "True", "True", "False", "True"]
+    assert on_devices(SHARES) == ["(4096, 512) (512, 512)", "True", "True", "False", "True"]
 
 
 DENSE = """
 import jax, jax.numpy as jnp
 from cnn_jax import devices, layers
 
-for n_images, n_out in ((16, 512), (16, 10), (6, 512)):
+def check(dtype, n_images, n_in, n_out, tolerance):
     keys = jax.random.split(jax.random.key(0), 3)
-    kernel = jax.random.normal(keys[0], (600, n_out)).astype(jnp.bfloat16).astype(jnp.float32)
+    kernel = jax.random.normal(keys[0], (n_in, n_out)).astype(jnp.bfloat16).astype(jnp.float32)
     x, dy = (
-        jax.random.normal(key, shape).astype(jnp.bfloat16)
-        for key, shape in zip(keys[1:], [(n_images, 600), (n_images, n_out)])
+        jax.random.normal(key, shape).astype(jnp.bfloat16).astype(dtype)
+        for key, shape in zip(keys[1:], [(n_images, n_in), (n_images, n_out)])
     )
 
     def run(x, kernel, dy):
@@ -136,17 +136,27 @@ for n_images, n_out in ((16, 512), (16, 10), (6, 512)):
     found = jax.jit(run)(x, devices.place(kernel), dy)
     with layers.portable():
         exact = run(*(a.astype(jnp.float32) for a in (x, kernel, dy)))
-    for a, b, tolerance in zip(found, exact, (2**-7, 2**-7, 1e-6)):
+    for a, b, tolerance in zip(found, exact, (tolerance, tolerance, 1e-6)):
         assert float(jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max()) < tolerance
-    print(n_images, n_out, *(array.sharding.shard_shape(array.shape) for array in found))
+    print(*(array.sharding.shard_shape(array.shape) for array in found))
+
+for sizes in ((16, 600, 512), (16, 600, 10), (16, 602, 512), (6, 600, 512)):
+    check(jnp.bfloat16, *sizes, 2**-7)
+check(jnp.float32, 16, 600, 512, 1e-6)
+for dtype in (jnp.bfloat16, jnp.float32):  # Outside of a compiled function.
+    print(layers.dense(jnp.ones((6, 600), dtype), jnp.ones((600, 512)))[0, 0])
 """
 
 
-def test_dense_layers_of_bfloat16_are_divided_by_columns_if_large_or_else_by_images():
+def test_dense_layers_are_divided_by_inputs_if_large_or_else_by_images():
     assert on_devices(DENSE) == [
-        "16 512 (16, 64) (2, 600) (600, 64)",
-        "16 10 (2, 10) (2, 600) (600, 10)",
-        "6 512 (6, 64) (6, 600) (600, 64)",
+        "(2, 512) (16, 75) (75, 512)",
+        "(2, 10) (2, 600) (600, 10)",
+        "(2, 512) (2, 602) (602, 512)",
+        "(6, 512) (6, 75) (75, 512)",
+        "(2, 512) (16, 75) (75, 512)",
+        "600",
+        "600.0",
     ]
 
 
