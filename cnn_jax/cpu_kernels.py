@@ -47,7 +47,10 @@ _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 # Zeros around an image for a 3x3 convolution to keep its size.
 _SAME: Pads = ((1, 1), (1, 1))
 # Of a product with the identity matrix: more cost more multiplications, fewer more products.
-_TURNED_COLUMNS = 64
+_IDENTITY_COLUMNS = 64
+# Height and width from which on images are transposed, and not their tiles: of smaller ones the
+# products with pixels that begin no tile take longer than that saves.
+_TRANSPOSED_SIDE = 32
 # Stands for a place in a window where ReLU stops the gradient: its maximum is not above 0.
 _DEAD = 4
 
@@ -86,7 +89,7 @@ def _conv_backward(
     def multiply(x: Array, dy: Array) -> tuple[None, Any]:
         if not suits_winograd(kernel.shape, strides):
             return None, _sum_patches(x, dy, kernel.shape, strides, pads)
-        return None, _sum_tiles(_input_tiles(x, pads, size), _quarters(dy), x.dtype)
+        return None, _sum_tiles(x, pads, size, _quarters(dy))
 
     total = _in_turns(multiply, (x, dy), n_pixels=size[0] * size[1])[1]
     dx = _input_gradient(dy, kernel, x.shape, strides, pads)
@@ -115,8 +118,8 @@ def _sum_patches(
     x: Array, dy: Array, shape: Sequence[int], strides: Pair, pads: Pads
 ) -> Float[Array, "window_and_in out"]:
     """Multiplies the patches that the kernel saw with dy."""
-    if math.prod(shape[:3]) < _TURNED_COLUMNS:  # Then float32 is faster than to transpose bfloat16.
-        x, dy = _widen(x), _widen(dy)
+    if math.prod(shape[:3]) < _IDENTITY_COLUMNS:
+        x, dy = _widen(x), _widen(dy)  # Faster than to transpose so few columns of bfloat16.
     dy = _round(dy, x.dtype)
     places = _windows(_pad(x, pads), shape[:2], strides, dy.shape[1:3])
     return _sum_over_pixels(jnp.concatenate([a for row in places for a in row], axis=-1), dy)
@@ -229,7 +232,7 @@ def _conv_relu_pool_backward(
     def run(x: Array, dy: Array, kept: Array, kernels: Grid) -> tuple[Array, Any]:
         quarters = before_pool(dy, kept) if pool else _quarters(_before_relu(dy, kept))
         dbias = sum(jnp.sum(part, axis=(0, 1, 2)) for row in quarters for part in row)
-        dkernel = _sum_tiles(_input_tiles(x, _SAME, size), quarters, x.dtype)
+        dkernel = _sum_tiles(x, _SAME, size, quarters)
         tiles = _tiles_of_quarters(quarters, x.dtype)
         dx = _join(_multiply_tiles(tiles, kernels, x.shape[-1]), size, x.dtype)
         return dx, (dkernel, dbias)
@@ -267,9 +270,38 @@ def _pad_channels(x: Array) -> Array:
 
 def _input_tiles(x: Array, pads: Pads, size: Sequence[int]) -> Grid:
     """Returns the transformed 4x4 tiles of x: a 4x4 grid of [batch, rows, columns, channels]."""
-    (top, bottom), (left, right) = pads
-    padded = _pad(_widen(x), ((top, bottom + size[0] % 2), (left, right + size[1] % 2)))
+    padded = _pad_for_tiles(_widen(x), pads, size)
     return _transform(_INPUT, _windows(padded, (4, 4), (2, 2), _halves(size)), x.dtype)
+
+
+def _pad_for_tiles(x: Array, pads: Pads, size: Sequence[int]) -> Array:
+    (top, bottom), (left, right) = pads
+    return _pad(x, ((top, bottom + size[0] % 2), (left, right + size[1] % 2)))
+
+
+def _transposed_tiles(x: Array, pads: Pads, size: Sequence[int]) -> Grid:
+    """Returns `_input_tiles` of bfloat16, transposed: a 4x4 grid of [channels, pixels].
+
+    Each pixel of x is transposed once, where a transposition of tiles would read it four times. A
+    tile lies at its first pixel in a quarter of the padded image, at [batch, rows + 1, columns + 1]
+    flattened: so every place in a tile is the same pixels a step further. Those of the last row and
+    column, which begin no tile, hold numbers of no meaning; after the last tile they are left out.
+    """
+    bits = _pad_for_tiles(_to_bits(x), pads, size)
+
+    def transpose(i: int, j: int) -> Array:
+        quarter = bits[:, i::2, j::2]
+        return _wide_transposed(_from_bits(quarter.reshape(-1, quarter.shape[-1]), x.dtype))
+
+    quarters = lax.optimization_barrier([[transpose(i, j) for j in (0, 1)] for i in (0, 1)])
+    rows, columns = _halves(size)
+    down, last = columns + 1, len(x) * (rows + 1) * (columns + 1) - columns - 2
+
+    def place(i: int, j: int) -> Array:
+        start = i // 2 * down + j // 2
+        return quarters[i % 2][j % 2][:, start : start + last]
+
+    return _transform(_INPUT, [[place(i, j) for j in range(4)] for i in range(4)], x.dtype)
 
 
 def _tiles_of_quarters(quarters: Grid, dtype: Any) -> Grid:
@@ -316,11 +348,16 @@ def _quarters(dy: Array) -> Grid:
     return _windows(padded, (2, 2), (2, 2), _halves((height, width)))
 
 
-def _sum_tiles(tiles: Grid, quarters: Grid, dtype: Any) -> Grid:
+def _sum_tiles(x: Array, pads: Pads, size: Sequence[int], quarters: Grid) -> Grid:
     """Returns the transformed kernel's gradient: the products, transposed."""
+    transposed = x.dtype == jnp.bfloat16 and min(size) >= _TRANSPOSED_SIDE
+    if transposed:  # Zeros for the pixels that begin no tile.
+        quarters = jax.tree.map(lambda quarter: _pad(quarter, ((0, 1), (0, 1))), quarters)
     quarters = jax.tree.map(_pad_channels, quarters)
-    gradients = _transform(_transpose(_OUTPUT), quarters, dtype)
-    return jax.tree.map(_sum_over_pixels, *lax.optimization_barrier((tiles, gradients)))
+    gradients = _transform(_transpose(_OUTPUT), quarters, x.dtype)
+    tiles = (_transposed_tiles if transposed else _input_tiles)(x, pads, size)
+    multiply = _sum_transposed if transposed else _sum_over_pixels
+    return jax.tree.map(multiply, *lax.optimization_barrier((tiles, gradients)))
 
 
 def _to_kernel_gradient(total: Any, kernel: Array) -> Array:
@@ -356,8 +393,13 @@ def _sum_over_pixels(a: Array, b: Array) -> Float[Array, "a_channels b_channels"
     """Contracts batch, height and width, flattened first: of more axes XLA transposes copies."""
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     if a.dtype == jnp.bfloat16:
-        return _matmul(_transposed(a), b)
+        return _sum_transposed(_transposed(a), b)
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _sum_transposed(a: Array, b: Array) -> Float[Array, "a_channels b_channels"]:
+    """Does what `_sum_over_pixels` does, given a [channels, pixels], which may end before b."""
+    return _matmul(a, b.reshape(-1, b.shape[-1])[: a.shape[1]])
 
 
 def _matmul(a: Array, b: Array) -> Array:
@@ -371,15 +413,23 @@ def _matmul_transposed(a: Array, b: Array) -> Array:
 
 
 def _transposed(a: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
-    """Returns a.T of bfloat16 in a fraction of XLA's time, by products with the identity matrix.
+    """Returns a.T of a's type, computed before what follows, and not inside it."""
+    return lax.optimization_barrier(_round(_wide_transposed(a), a.dtype))
 
-    XLA has fast bfloat16 products, but not of a left side that is yet to be transposed: it converts
-    both to float32, and takes four times as long. A right side is transposed as it is read.
+
+def _wide_transposed(a: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
+    """Returns a.T as float32, of bfloat16 by products with the identity matrix.
+
+    They take a fraction of the time of XLA's transposition. And that is needed: XLA has fast
+    bfloat16 products, but not of a left side that is yet to be transposed. It converts both to
+    float32, and takes four times as long. A right side is transposed as it is read.
     """
+    if a.dtype != jnp.bfloat16:
+        return a.T
     columns = a.shape[1]
-    parts = [a[:, i : i + _TURNED_COLUMNS] for i in range(0, columns, _TURNED_COLUMNS)]
-    turned = [_matmul_transposed(jnp.eye(part.shape[1], dtype=a.dtype), part) for part in parts]
-    return lax.optimization_barrier(_round(jnp.concatenate(turned), a.dtype))
+    parts = [a[:, i : i + _IDENTITY_COLUMNS] for i in range(0, columns, _IDENTITY_COLUMNS)]
+    products = [_matmul_transposed(jnp.eye(part.shape[1], dtype=a.dtype), part) for part in parts]
+    return jnp.concatenate(products)
 
 
 def _in_turns(
@@ -592,8 +642,8 @@ def _dense_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, A
             return jax.tree.map(partial(_write, start), so_far, new)
 
         room = _to_bits(jnp.zeros(x.shape[::-1], dtype))
-        dx, turned = _over_rows(turn, len(kernel), (room, room))
-        dkernel = _matmul(_from_bits(turned, dtype), dy)
+        dx, x_transposed = _over_rows(turn, len(kernel), (room, room))
+        dkernel = _matmul(_from_bits(x_transposed, dtype), dy)
         return _to_bits(_transposed(_from_bits(dx, dtype))), dkernel
 
     x, kernel = residuals

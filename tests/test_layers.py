@@ -76,16 +76,40 @@ def test_conv_and_its_gradients_equal_those_of_lax(n, size, n_in, window, n_out,
         assert_close(actual, expected, 2e-6)
 
 
-@pytest.mark.parametrize("n_in", [3, 16])
-def test_conv_of_bfloat16_is_as_exact_as_its_format(n_in):
-    x, kernel = normal(0, 6, 8, 8, n_in), normal(1, 3, 3, n_in, 16)
+@pytest.mark.parametrize(
+    ("size", "n_in", "padding"),
+    [
+        ((8, 8), 3, "SAME"),
+        ((8, 8), 16, "SAME"),
+        ((32, 32), 16, "SAME"),  # Images are transposed from here on, and before it tiles.
+        ((33, 36), 20, "SAME"),
+        ((34, 35), 80, "VALID"),
+        ((33, 33), 16, ((0, 2), (3, 1))),
+    ],
+)
+def test_conv_of_bfloat16_is_as_exact_as_its_format(size, n_in, padding):
+    x, kernel = normal(0, 6, *size, n_in), normal(1, 3, 3, n_in, 16)
     low = [a.astype(jnp.bfloat16) for a in (x, kernel)]
     exact = [a.astype(jnp.float32) for a in low]
-    ours = value_and_gradients(lambda x, k: fast_conv(x, k, (1, 1), "SAME"), *low)
-    plain = value_and_gradients(lambda x, k: plain_conv(x, k, (1, 1), "SAME"), *exact)
+    ours = value_and_gradients(lambda x, k: fast_conv(x, k, (1, 1), padding), *low)
+    plain = value_and_gradients(lambda x, k: plain_conv(x, k, (1, 1), padding), *exact)
     for actual, expected in zip(ours, plain, strict=True):
         assert actual.dtype == jnp.bfloat16
         assert_close(actual.astype(jnp.float32), expected, 2**-6)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+def test_tiles_of_transposed_images_are_transposed_tiles(size: tuple[int, int]):
+    x, pads = normal(0, 3, *size, 20).astype(jnp.bfloat16), ((1, 1), (1, 1))
+    tiles = jax.jit(lambda x: cpu_kernels._input_tiles(x, pads, size))(x)
+    found = jax.jit(lambda x: cpu_kernels._transposed_tiles(x, pads, size))(x)
+    rows, columns = tiles[0][0].shape[1:3]
+    image, row, column = np.ogrid[:3, :rows, :columns]
+    pixel = (image * (rows + 1) + row) * (columns + 1) + column
+    assert pixel.max() == found[0][0].shape[1] - 1
+    for i, j in product(range(4), range(4)):
+        tile = np.moveaxis(np.asarray(found[i][j], np.float32)[:, pixel], 0, -1)
+        np.testing.assert_array_equal(tile, np.float32(tiles[i][j]))
 
 
 def test_the_loop_moves_the_bits_of_bfloat16():
@@ -211,32 +235,32 @@ def test_conv_with_relu_and_pool_is_what_the_layers_are_one_by_one(
         assert_close(actual, expected, 2e-6)
 
 
-def test_conv_with_relu_and_pool_needs_no_bias():
-    x, kernel = normal(0, 3, 6, 8, 16), normal(1, 3, 3, 16, 16)
+@pytest.mark.parametrize(("n_in", "pool"), [(16, True), (3, False)])
+def test_conv_with_relu_and_pool_needs_no_bias(n_in: int, pool: bool):
+    x, kernel = normal(0, 3, 6, 8, n_in), normal(1, 3, 3, n_in, 16)
     ours = value_and_gradients(
-        lambda *args: layers.conv_relu_pool(*args, relu=True, pool=True), x, kernel
+        lambda *args: layers.conv_relu_pool(*args, relu=True, pool=pool), x, kernel
     )
-    plain = value_and_gradients(lambda *args: separate_layers(*args, None, True, True), x, kernel)
+    plain = value_and_gradients(lambda *args: separate_layers(*args, None, True, pool), x, kernel)
     for actual, expected in zip(ours, plain, strict=True):
         assert_close(actual, expected, 2e-6)
 
 
 @pytest.mark.parametrize("pool", [True, False])
-def test_conv_with_relu_and_pool_of_bfloat16_is_as_exact_as_its_format(pool: bool):
-    arrays = normal(0, 6, 8, 8, 16), normal(1, 3, 3, 16, 16), normal(2, 16)
-    low = [a.astype(jnp.bfloat16) for a in arrays]
+@pytest.mark.parametrize("side", [8, 33])
+def test_conv_with_relu_and_pool_of_bfloat16_is_as_exact_as_its_format(side: int, pool: bool):
+    arrays = normal(0, 6, side, side, 16), normal(1, 3, 3, 16, 16), normal(2, 16)
+    # Whole numbers, else sums near 0 or near each other would end on other sides.
+    whole = [jnp.round(array) for array in arrays]
     ours = value_and_gradients(
-        lambda *args: layers.conv_relu_pool(*args, relu=True, pool=pool), *low
+        lambda *args: layers.conv_relu_pool(*args, relu=True, pool=pool),
+        *(array.astype(jnp.bfloat16) for array in whole),
     )
-
-    def one_by_one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        y = layers.add_bias(fast_conv(x, kernel, (1, 1), "SAME"), bias)
-        return layers.max_pool(nn.relu(y), (2, 2), (2, 2)) if pool else nn.relu(y)
-
-    # Not with float32, by which sums near 0 or near each other end on other sides.
-    for actual, expected in zip(ours, value_and_gradients(one_by_one, *low), strict=True):
+    y, backward = jax.vjp(lambda *args: separate_layers(*args, True, pool), *whole)
+    dy = normal(9, *y.shape).astype(jnp.bfloat16).astype(jnp.float32)
+    for actual, expected in zip(ours, (y, *backward(dy)), strict=True):
         assert actual.dtype == jnp.bfloat16
-        assert_close(actual.astype(jnp.float32), expected.astype(jnp.float32), 2**-6)
+        assert_close(actual.astype(jnp.float32), expected, 2**-6)
 
 
 def test_conv_with_relu_of_bfloat16_and_few_channels_rounds_its_results_alone():
@@ -266,8 +290,11 @@ def test_bits_become_bfloat16_and_float32_as_by_a_conversion():
     assert (np.signbit(rounded) == np.signbit(expected))[~np.isnan(exact)].all()
 
 
-def test_the_loops_with_relu_and_pool_move_the_bits_of_bfloat16_and_multiply_what_is_needed():
-    x, kernel, bias = normal(0, 8, 32, 32, 16), normal(1, 3, 3, 16, 16), normal(2, 16)
+@pytest.mark.parametrize(("side", "n_transposed"), [(32, 4), (30, 16)])
+def test_the_loops_with_relu_and_pool_move_the_bits_of_bfloat16_and_multiply_what_is_needed(
+    side: int, n_transposed: int
+):
+    x, kernel, bias = normal(0, 8, side, side, 16), normal(1, 3, 3, 16, 16), normal(2, 16)
     x, kernel, bias = (array.astype(jnp.bfloat16) for array in (x, kernel, bias))
 
     def loss(*args: jax.Array) -> jax.Array:
@@ -277,11 +304,15 @@ def test_the_loops_with_relu_and_pool_move_the_bits_of_bfloat16_and_multiply_wha
         return jax.jit(jax.grad(loss, argnums)).lower(x, kernel, bias).compile().as_text()
 
     both = program((0, 1, 2))
-    assert re.findall(r"(\w+)\[8,32,32,16\]\S* dynamic-update-slice", both) == ["u16"]
-    assert "f32[8,32,32,16]" not in both and "f32[8,16,16,16]" not in both
-    assert len(re.findall(r" dot\(", both)) == (3 + 1) * 16  # the fourth transposes for the third
-    for alone, n in ((0, 2), (1, 3)):  # The loop leaves out what nobody reads.
-        assert len(re.findall(r" dot\(", program(alone))) == n * 16
+    shapes = [f"8,{n},{n},16" for n in (side, side // 2)]
+    assert re.findall(rf"(\w+)\[{shapes[0]}\]\S* dynamic-update-slice", both) == ["u16"]
+    assert not any(f"f32[{shape}]" in both for shape in shapes)
+    assert len(re.findall(r" dot\(", both)) == 3 * 16 + n_transposed
+    for alone, n in (
+        (0, 2 * 16),
+        (1, 2 * 16 + n_transposed),
+    ):  # The loop leaves out what nobody reads.
+        assert len(re.findall(r" dot\(", program(alone))) == n
 
 
 POOLS = list(
@@ -429,9 +460,9 @@ def test_dense_of_float32_is_flax_own():
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 160])
 def test_products_with_the_identity_transpose_every_bit(columns: int):
     x = normal(0, 50, columns).astype(jnp.bfloat16)
-    turned = jax.jit(cpu_kernels._transposed)(x)
-    assert turned.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(turned.astype(jnp.float32), x.T.astype(jnp.float32))
+    found = jax.jit(cpu_kernels._transposed)(x)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.astype(jnp.float32), x.T.astype(jnp.float32))
 
 
 def test_what_is_no_convolution_of_one_float_type_is_laxs():
