@@ -120,9 +120,21 @@ def _sum_patches(
     """Multiplies the patches that the kernel saw with dy."""
     if math.prod(shape[:3]) < _IDENTITY_COLUMNS:
         x, dy = _widen(x), _widen(dy)  # Faster than to transpose so few columns of bfloat16.
-    dy = _round(dy, x.dtype)
     places = _windows(_pad(x, pads), shape[:2], strides, dy.shape[1:3])
     return _sum_over_pixels(jnp.concatenate([a for row in places for a in row], axis=-1), dy)
+
+
+def _transposed_patches(x: Array) -> Float[Array, "window_and_in_and_one pixels"]:
+    """Returns what a SAME 3x3 kernel saw of each pixel, and a 1, by which a bias is multiplied.
+
+    Pixels are transposed before they are put together: each once, not nine times.
+    """
+    n, height, width, channels = x.shape
+    rows = _from_bits(_pad(_to_bits(x), _SAME).reshape(-1, channels), x.dtype)
+    planes = _to_bits(_transposed(rows)).reshape(channels, n, height + 2, width + 2)
+    seen = [planes[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    patches = _from_bits(jnp.stack(seen).reshape(9 * channels, -1), x.dtype)
+    return jnp.concatenate([patches, jnp.ones((1, patches.shape[1]), x.dtype)])
 
 
 def suits_winograd(kernel_shape: Sequence[int], strides: Pair) -> bool:
@@ -161,16 +173,16 @@ def _conv_relu_backward(
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias, y = residuals
 
-    def run(x: Array, dy: Array, y: Array) -> tuple[None, Any]:
-        dy = _before_relu(dy, y)
-        dkernel = _sum_patches(x, dy, kernel.shape, (1, 1), _SAME)
-        return None, (dkernel, jnp.sum(dy, axis=(0, 1, 2)))
+    def run(x: Array, dy: Array, y: Array) -> tuple[None, Array]:
+        dy = _round(_before_relu(dy, y), x.dtype)
+        return None, _sum_transposed(*lax.optimization_barrier((_transposed_patches(x), dy)))
 
-    _, (dkernel, dbias) = _in_turns(run, (x, dy, y), n_pixels=x.shape[1] * x.shape[2])
+    # Of a few channels the patches take as much room again.
+    _, total = _in_turns(run, (x, dy, y), n_pixels=2 * x.shape[1] * x.shape[2])
     dy = _round(_before_relu(dy, y), x.dtype)
     dx = _input_gradient(dy, kernel, x.shape, (1, 1), _SAME)
-    dbias = None if bias is None else dbias.astype(bias.dtype)
-    return dx, _to_kernel_gradient(dkernel, kernel), dbias
+    dbias = None if bias is None else total[-1].astype(bias.dtype)
+    return dx, _to_kernel_gradient(total[:-1], kernel), dbias
 
 
 conv_relu.defvjp(_conv_relu_forward, _conv_relu_backward)
