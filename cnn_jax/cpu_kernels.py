@@ -91,9 +91,12 @@ def _conv_backward(
             return None, _sum_patches(x, dy, kernel.shape, strides, pads)
         return None, _sum_tiles(x, pads, size, _quarters(dy))
 
-    total = _in_turns(multiply, (x, dy), n_pixels=size[0] * size[1])[1]
+    def finish(total: Any) -> Array:
+        return _from_tiles(total, kernel.shape[-1]) if isinstance(total, list) else total
+
+    _, total = _in_turns(multiply, (x, dy), n_pixels=size[0] * size[1], finish=finish)
     dx = _input_gradient(dy, kernel, x.shape, strides, pads)
-    return dx, _to_kernel_gradient(total, kernel)
+    return dx, _round(total.reshape(kernel.shape), kernel.dtype)
 
 
 conv.defvjp(_conv_forward, _conv_backward)
@@ -181,8 +184,7 @@ def _conv_relu_backward(
     _, total = _in_turns(run, (x, dy, y), n_pixels=2 * x.shape[1] * x.shape[2])
     dy = _round(_before_relu(dy, y), x.dtype)
     dx = _input_gradient(dy, kernel, x.shape, (1, 1), _SAME)
-    dbias = None if bias is None else total[-1].astype(bias.dtype)
-    return dx, _to_kernel_gradient(total[:-1], kernel), dbias
+    return dx, *_to_gradients(total, kernel, bias)
 
 
 conv_relu.defvjp(_conv_relu_forward, _conv_relu_backward)
@@ -249,10 +251,12 @@ def _conv_relu_pool_backward(
         dx = _join(_multiply_tiles(tiles, kernels, x.shape[-1]), size, x.dtype)
         return dx, (dkernel, dbias)
 
+    def finish(total: tuple[Grid, Array]) -> Array:
+        return jnp.concatenate([_from_tiles(total[0], kernel.shape[-1]), total[1][None]])
+
     kernels, n_pixels = _transformed(_turn(kernel)), size[0] * size[1]
-    dx, (dkernel, dbias) = _in_turns(run, (x, dy, kept), kernels, n_pixels=n_pixels)
-    dbias = None if bias is None else dbias.astype(bias.dtype)
-    return dx, _to_kernel_gradient(dkernel, kernel), dbias
+    dx, total = _in_turns(run, (x, dy, kept), kernels, n_pixels=n_pixels, finish=finish)
+    return dx, *_to_gradients(total, kernel, bias)
 
 
 conv_relu_pool.defvjp(_conv_relu_pool_forward, _conv_relu_pool_backward)
@@ -372,12 +376,18 @@ def _sum_tiles(x: Array, pads: Pads, size: Sequence[int], quarters: Grid) -> Gri
     return jax.tree.map(multiply, *lax.optimization_barrier((tiles, gradients)))
 
 
-def _to_kernel_gradient(total: Any, kernel: Array) -> Array:
-    """Returns the gradient from the sum over all images of `_sum_tiles`, or of `_sum_patches`."""
-    if isinstance(total, list):
-        gradient = jnp.array(_transform(_transpose(_KERNEL), total, kernel.dtype))
-        return gradient[..., : kernel.shape[-1]]
-    return total.reshape(kernel.shape).astype(kernel.dtype)
+def _from_tiles(total: Grid, n_out: int) -> Float[Array, "window_and_in out"]:
+    """Returns the kernel's gradient, given the transformed one."""
+    gradient = jnp.array(_transform(_transpose(_KERNEL), total, jnp.float32))
+    return gradient.reshape(-1, gradient.shape[-1])[:, :n_out]
+
+
+def _to_gradients(
+    total: Float[Array, "window_and_in_and_one out"], kernel: Array, bias: Array | None
+) -> tuple[Array, Array | None]:
+    """Returns those of kernel and bias, which are of their types."""
+    dkernel = _round(total[:-1].reshape(kernel.shape), kernel.dtype)
+    return dkernel, None if bias is None else _round(total[-1], bias.dtype)
 
 
 def _halves(size: Sequence[int]) -> Pair:
@@ -445,12 +455,17 @@ def _wide_transposed(a: Float[Array, "rows columns"]) -> Float[Array, "columns r
 
 
 def _in_turns(
-    function: Callable[..., tuple[Any, Any]], batches: Sequence[Any], *whole: Any, n_pixels: int
+    function: Callable[..., tuple[Any, Any]],
+    batches: Sequence[Any],
+    *whole: Any,
+    n_pixels: int,
+    finish: Callable[[Any], Any] = lambda total: total,
 ) -> tuple[Any, Any]:
     """Returns function(*batches, *whole), worked out for a few images at a time.
 
     The function returns two trees: arrays that have a row for each image, which are joined, and
-    others, which are summed. An image counts as `n_pixels` of a turn's.
+    others, which are summed. An image counts as `n_pixels` of a turn's. Each device's sums become
+    finish(sums) before they are added up: devices wait for each other at every array.
     """
 
     def run(*args: Any) -> tuple[Any, Any]:
@@ -473,7 +488,8 @@ def _in_turns(
         rows, terms = jax.eval_shape(part, 0)
         start = jax.tree.map(room, rows), jax.tree.map(jnp.zeros_like, terms)
         joined, total = lax.fori_loop(0, n_images // n, turn, start)
-        return jax.tree.map(lambda a, like: _from_bits(a, like.dtype), joined, rows), total
+        joined = jax.tree.map(lambda a, like: _from_bits(a, like.dtype), joined, rows)
+        return joined, finish(total)
 
     n_whole = len(whole)
     in_axes = (0,) * len(batches) + (None,) * n_whole

@@ -81,6 +81,7 @@ def test_cores_become_devices_that_divide_a_batch(
 
 
 SHARES = """
+import re
 from cnn_jax import configs, devices, loop
 from cnn_jax.config import with_overrides
 from cnn_jax.data import load
@@ -95,8 +96,10 @@ print(state.params["head"]["kernel"].sharding.is_fully_replicated)
 trainer.compile(state)
 after, _ = trainer.run_segment(state, 1)
 print(after.params["fc1"]["kernel"].sharding == kernel.sharding)
-print("f32[24,32,32,16]" in trainer.compiled.as_text())
-print("f32[3,32,32,16]" in trainer.compiled.as_text())
+program = trainer.compiled.as_text()
+print("f32[24,32,32,16]" in program, "f32[3,32,32,16]" in program)
+summed = " ".join(re.findall(r"= (.*) all-reduce[(]", program))
+print("f32[16,16]" in summed, "f32[28,16]" in summed, "f32[145,16]" in summed)
 """
 
 
@@ -114,7 +117,9 @@ def on_devices(program: str, *arguments: str, n: int = 8) -> list[str]:
 
 
 def test_each_device_computes_its_share_and_no_more():
-    assert on_devices(SHARES) == ["(4096, 512) (512, 512)", "True", "True", "False", "True"]
+    """And of a convolution, the gradients of kernel and bias are summed as one array."""
+    shares = ["(4096, 512) (512, 512)", "True", "True", "False True", "False True True"]
+    assert on_devices(SHARES) == shares
 
 
 DENSE = """
