@@ -84,15 +84,15 @@ def _conv_backward(
     strides: Pair, pads: Pads, residuals: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, kernel = residuals
-    size = dy.shape[1:3]
+    size, winograd = dy.shape[1:3], suits_winograd(kernel.shape, strides)
 
     def multiply(x: Array, dy: Array) -> tuple[None, Any]:
-        if not suits_winograd(kernel.shape, strides):
-            return None, _sum_patches(x, dy, kernel.shape, strides, pads)
-        return None, _sum_tiles(x, pads, size, _quarters(dy))
+        if winograd:
+            return None, _sum_tiles(x, pads, size, _quarters(dy))
+        return None, _sum_patches(x, dy, kernel.shape, strides, pads)
 
     def finish(total: Any) -> Array:
-        return _from_tiles(total, kernel.shape[-1]) if isinstance(total, list) else total
+        return _from_tiles(total, kernel.shape[-1]) if winograd else total
 
     _, total = _in_turns(multiply, (x, dy), n_pixels=size[0] * size[1], finish=finish)
     dx = _input_gradient(dy, kernel, x.shape, strides, pads)

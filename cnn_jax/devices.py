@@ -187,8 +187,9 @@ def by_shares(function: Callable[..., Any], in_axes: Axes, out_axes: Axes) -> Ca
 
     As for jax.vmap, `in_axes` says along which axis an argument is divided, or None: each device
     has all of it. `out_axes` says along which axis results are joined, or None: they are summed.
-    An argument or a result may be a tree of arrays. XLA divides most operations by itself, but not
-    a loop: of that each device would run all. So it does where an axis can't be divided evenly.
+    Results, and arguments that are not divided, may be trees. XLA divides most operations by
+    itself, but not a loop: of that each device would run all. So it does of everything where an
+    axis can't be divided evenly.
     """
 
     def share(*args: Any) -> Any:
