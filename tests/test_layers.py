@@ -308,10 +308,8 @@ def test_the_loops_with_relu_and_pool_move_the_bits_of_bfloat16_and_multiply_wha
     assert re.findall(rf"(\w+)\[{shapes[0]}\]\S* dynamic-update-slice", both) == ["u16"]
     assert not any(f"f32[{shape}]" in both for shape in shapes)
     assert len(re.findall(r" dot\(", both)) == 3 * 16 + n_transposed
-    for alone, n in (
-        (0, 2 * 16),
-        (1, 2 * 16 + n_transposed),
-    ):  # The loop leaves out what nobody reads.
+    # The loop leaves out what nobody reads.
+    for alone, n in ((0, 2 * 16), (1, 2 * 16 + n_transposed)):
         assert len(re.findall(r" dot\(", program(alone))) == n
 
 
