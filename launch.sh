@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Sets up .venv on the first call, then runs the project with what is in it.
 #
-#   ./launch.sh                                  the main job on the bundled data set
-#   ./launch.sh vgg_dropout --set=train.epochs=3 another config, with flags of cnn_jax.main
-#   ./launch.sh --mode=summary --config=vgg3     flags alone
-#   ./launch.sh test [pytest arguments]          the tests
-#   ./launch.sh --cuda ...                       install for an NVIDIA GPU (automatic where one is)
+#   ./launch.sh                                trains on the bundled data set
+#   ./launch.sh vgg_dropout --train.epochs=3   another config, with flags of cnn_jax.main
+#   ./launch.sh --mode=summary --config=vgg3   flags alone; --help lists them
+#   ./launch.sh test [pytest arguments]        the tests except the slow ones (-m "" runs all)
+#   ./launch.sh --cuda ...                     installs for an NVIDIA GPU (automatic where one is)
 #
 # PYTHON names the interpreter that .venv is made with (default: python3).
 set -euo pipefail
@@ -35,7 +35,8 @@ install() {
         "${PYTHON:-python3}" -m venv --clear "$venv"
     fi
     echo "installing cnn_jax${1:+[$1]} into $venv (once) ..." >&2
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    # Without --no-compile pip compiles all of SciPy and others, most of which is never imported.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
         --editable "$root${1:+[$1]}" || {
         echo "error: the installation failed; see above, then run this again" >&2
         exit 1
@@ -50,7 +51,7 @@ for extra in ${extras[@]+"${extras[@]}"}; do install "$extra"; done
 if [[ ${1:-} == test ]]; then
     shift
     cd "$root"
-    exec "$venv/bin/python" -m pytest --numprocesses=auto --dist=loadfile "$@"
+    exec "$venv/bin/python" -m pytest --numprocesses=auto --dist=worksteal "$@"
 fi
 if [[ $# -gt 0 && $1 != -* ]]; then
     config=$1

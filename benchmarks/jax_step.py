@@ -16,16 +16,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import digits
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import training_images
 from worker import serve
 
-from cnn_jax import configs, devices, loop, train, trees
+from cnn_jax import configs, mesh, trees
 from cnn_jax.config import Config
+from cnn_jax.fit import compile_segment
+from cnn_jax.kernels import cores
+from cnn_jax.step import Batch, Setup, epoch_order, init_state, train_step
 
 Runner = Callable[[int], list[float]]
 """Runs so many steps and returns their losses."""
@@ -36,14 +39,15 @@ GEMM_SIZE = 2048
 
 def segment_runner(config: Config) -> Runner:
     """Returns a function that runs steps of this project's compiled segment."""
-    dataset = digits.repeated(N_IMAGES)
-    trainer = loop.Trainer(config, dataset)
-    state = trainer.init()
-    trainer.compile(state)
+    dataset = training_images.repeated(N_IMAGES)
+    setup = Setup.of(config, dataset)
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    state = init_state(setup, init_key)
+    segment = compile_segment(config, setup, dataset, state, train_key)
 
     def run(n_steps: int) -> list[float]:
         nonlocal state
-        state, history = trainer.run_segment(state, n_steps)
+        state, history = segment(state, n_steps)
         return (history.sums.loss / history.sums.count).tolist()
 
     return run
@@ -51,19 +55,19 @@ def segment_runner(config: Config) -> Runner:
 
 def step_runner(config: Config) -> Runner:
     """Returns a function that calls this project's step in a Python loop, without a segment."""
-    dataset = digits.repeated(N_IMAGES)
-    recipe = train.make_recipe(config, 10, N_IMAGES // config.train.batch_size)
-    state = train.init_state(recipe, jax.random.key(0), dataset.image_shape)
+    dataset = training_images.repeated(N_IMAGES)
+    setup = Setup.of(config, dataset)
+    state = init_state(setup, jax.random.key(0))
     images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
     rng, base_key = np.random.default_rng(1), jax.random.key(1)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, images, labels, index):
-        index = devices.spread(index)
-        batch = train.Batch(images[index], labels[index], jnp.ones(len(index)))
+        index = mesh.shard(index)
+        batch = Batch(images[index], labels[index], jnp.ones(len(index)))
         key = jax.random.fold_in(base_key, state.step)
-        state, totals, _ = train.train_step(recipe, state, batch, key, is_last=False)
-        return devices.keep_placed(state), totals
+        state, totals, _ = train_step(setup, state, batch, key, with_norm=False)
+        return mesh.keep_placed(state), totals
 
     def run(n_steps: int) -> list[float]:
         nonlocal state
@@ -80,11 +84,11 @@ def step_runner(config: Config) -> Runner:
 
 def write_spec(config: Config, path: str) -> None:
     """Writes what torch_step.py reads: the start, the images, and their order in epoch 0."""
-    dataset = digits.repeated(N_IMAGES)
-    params = loop.Trainer(config, dataset).init().params
-    train_key = jax.random.split(jax.random.key(config.seed))[1]
+    dataset = training_images.repeated(N_IMAGES)
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    params = init_state(Setup.of(config, dataset), init_key).params
     order_key = jax.random.split(train_key)[0]
-    order = train.epoch_order(order_key, jnp.int32(0), N_IMAGES, config.train.batch_size)
+    order = epoch_order(order_key, jnp.int32(0), N_IMAGES, config.train.batch_size)
     arrays = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(params).items()}
     arrays |= {"images": dataset.train.images, "labels": dataset.train.labels}
     np.savez(f"{path}.npz", **arrays)  # pyright: ignore[reportArgumentType]
@@ -125,7 +129,7 @@ class Plain(nn.Module):
 
 def plain_runner(config: Config) -> Runner:
     """Returns a function that runs a Python loop of jitted steps, which donate their state."""
-    dataset = digits.repeated(N_IMAGES)
+    dataset = training_images.repeated(N_IMAGES)
     images, labels = dataset.train.images, dataset.train.labels
     model = Plain(config.model.blocks, config.model.dense, config.model.dropout)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
@@ -177,16 +181,17 @@ def gemm_runner() -> Runner:
 def main(name: str, batch_size: str, kind: str, path: str = "") -> None:
     """Serves training steps, or writes where they start."""
     config = configs.get(name)
-    settings = replace(config.train, batch_size=int(batch_size), segment_steps=32)
+    settings = replace(config.train, batch_size=int(batch_size))
+    runtime = replace(config.runtime, segment_steps=32)
     # At the chapter's 0.01 the first steps are so unstable that rounding grows tenfold every three
     # of them, between any two implementations: XLA's own convolutions leave PyTorch's as fast.
     optim = replace(config.optim, learning_rate=0.001)
-    config = replace(config, train=settings, optim=optim)
+    config = replace(config, train=settings, optim=optim, runtime=runtime)
     if kind == "gemm":
         return serve(gemm_runner())
     if kind == "plain":
         return serve(plain_runner(config))
-    devices.use_cores(int(batch_size))
+    cores.use_cores(int(batch_size))
     if kind == "export":
         return write_spec(config, path)
     if kind == "step":

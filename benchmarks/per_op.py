@@ -63,37 +63,48 @@ def self_times(trace: Any) -> Counter[str]:
 
 def main(_: list[str]) -> None:
     """Profiles and prints."""
-    import digits
     import jax
+    import numpy as np
+    import training_images
 
-    from cnn_jax import configs, devices, loop, models
+    from cnn_jax import configs, mesh
+    from cnn_jax.kernels import cores
+    from cnn_jax.models import inspection
+    from cnn_jax.step import Setup, init_state, train_segment
 
-    devices.use_cores(_BATCH_SIZE.value)
+    cores.use_cores(_BATCH_SIZE.value)
     config = configs.get(_CONFIG.value)
-    train = replace(config.train, batch_size=_BATCH_SIZE.value, segment_steps=_STEPS.value)
-    config = replace(config, train=train, model=replace(config.model, dtype=_DTYPE.value))
-    trainer = loop.Trainer(config, digits.repeated(_BATCH_SIZE.value * _STEPS.value))
-    state = trainer.init()
-    trainer.compile(state)
-    state = trainer.run_segment(state, _STEPS.value)[0]
+    config = replace(
+        config,
+        train=replace(config.train, batch_size=_BATCH_SIZE.value),
+        model=replace(config.model, dtype=_DTYPE.value),
+        runtime=replace(config.runtime, segment_steps=_STEPS.value),
+    )
+    dataset = training_images.repeated(_BATCH_SIZE.value * _STEPS.value)
+    setup = Setup.of(config, dataset)
+    state = init_state(setup, jax.random.key(0))
+    data = dataset.train.images, dataset.train.labels, jax.random.key(1), np.int32(_STEPS.value)
+    inputs = tuple(map(mesh.replicate, data))
+    compiled = train_segment.lower(setup, state, *inputs).compile()
+    state, _ = compiled(state, *inputs)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             start = time.perf_counter()
-            trainer.run_segment(state, _STEPS.value)
+            jax.block_until_ready(compiled(state, *inputs))
             step_ms = (time.perf_counter() - start) / _STEPS.value * 1e3
         (path,) = Path(folder).rglob("*.xplane.pb")
         trace = jax.profiler.ProfileData.from_file(str(path))
-    hlo = trainer.compiled.as_text()
+    hlo = compiled.as_text()
     assert hlo
     found = sources(hlo)
-    layers = [row.name for row in models.summarize(trainer.recipe.model, (32, 32, 3))]
+    layers = [row.name for row in inspection.summarize(setup.model, (32, 32, 3))]
     totals: Counter[str] = Counter()
     for name, nanoseconds in self_times(trace).items():
         if name in found:
             totals[describe(found[name], layers)] += nanoseconds
     whole = sum(totals.values())
     print(f"{config.name}, batch {_BATCH_SIZE.value}, {_DTYPE.value}: {step_ms:.0f} ms a step")
-    cores = devices.usable_cpus()
+    cores = cores.usable_cpus()
     print(f"{whole / _STEPS.value / 1e6:.0f} ms of thread time on {cores} cores, of which")
     print("| pass, layer, operation | ms a step | share |\n|---|---|---|")
     rows: list[tuple[str, float]] = [*totals.most_common(_ROWS.value)]

@@ -93,6 +93,7 @@ def check_losses(ours: Competitor, torch: Competitor, dropout: float) -> float |
 def time_model(name: str, batch_size: str, folder: Path) -> list[dict[str, Any]]:
     """Returns a row of the table for each competitor, this project in float32 first."""
     from cnn_jax import configs, models
+    from cnn_jax.models import inspection
 
     config = configs.get(name)
     if config.model.name not in ("simple_cnn", "vgg") or config.optim.name != "momentum":
@@ -100,7 +101,9 @@ def time_model(name: str, batch_size: str, folder: Path) -> list[dict[str, Any]]
     flops = (
         3
         * int(batch_size)
-        * sum(row.flops for row in models.summarize(models.build(config.model, 10), (32, 32, 3)))
+        * sum(
+            row.flops for row in inspection.summarize(models.build(config.model, 10), (32, 32, 3))
+        )
     )
     export = str(folder / f"{name}_{batch_size}")
     jax = [sys.executable, "jax_step.py", name, batch_size]

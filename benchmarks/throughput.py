@@ -16,17 +16,21 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
-import digits
 import jax
 import jax.numpy as jnp
+import training_images
 from absl import app, flags
 
-from cnn_jax import configs, devices, loop, models
+from cnn_jax import configs
 from cnn_jax.data import ImageDataset
+from cnn_jax.fit import compile_segment
+from cnn_jax.kernels import cores
+from cnn_jax.models import inspection
+from cnn_jax.step import Setup, init_state
 
 _CONFIGS = flags.DEFINE_list(
     "configs",
-    ["quickstart", "simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout", "airbench"],
+    ["quickstart", "simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout", "airbench", "resnet_small"],
     "Configs to time.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -61,19 +65,24 @@ class Timed:
 
     def __init__(self, name: str, dataset: ImageDataset) -> None:
         config = configs.get(name)
-        settings = replace(config.train, batch_size=batch_size(name), segment_steps=_STEPS.value)
-        model = replace(config.model, dtype=_DTYPE.value)
+        config = replace(
+            config,
+            train=replace(config.train, batch_size=batch_size(name)),
+            model=replace(config.model, dtype=_DTYPE.value),
+            runtime=replace(config.runtime, segment_steps=_STEPS.value),
+        )
         self.name, self.seconds = name, []
-        self._trainer = loop.Trainer(replace(config, train=settings, model=model), dataset)
-        self._state = self._trainer.init()
-        self._trainer.compile(self._state)
-        rows = models.summarize(self._trainer.recipe.model, dataset.image_shape)
+        setup = Setup.of(config, dataset)
+        self._state = init_state(setup, jax.random.key(0))
+        key = jax.random.key(1)
+        self._segment = compile_segment(config, setup, dataset, self._state, key)
+        rows = inspection.summarize(setup.model, dataset.image_shape)
         self.flops = 3 * sum(row.flops for row in rows)
 
     def run(self) -> None:
         """Runs a segment."""
         start = time.perf_counter()
-        self._state, _ = self._trainer.run_segment(self._state, _STEPS.value)
+        self._state, _ = self._segment(self._state, _STEPS.value)
         self.seconds.append((time.perf_counter() - start) / _STEPS.value)
 
 
@@ -85,13 +94,13 @@ def batch_size(name: str) -> int:
 def main(_: list[str]) -> None:
     """Prints the table."""
     sizes = [batch_size(name) for name in _CONFIGS.value]
-    devices.use_cores(math.gcd(*sizes))
+    cores.use_cores(math.gcd(*sizes))
     size = 2048 if jax.default_backend() == "cpu" else 8192
     peak = _PEAK.value * 1e12 if _PEAK.value else matmul_rate(_DTYPE.value, size)
     source = "data sheet" if _PEAK.value else f"{_DTYPE.value} products of {size} cubed"
     kind = jax.devices()[0].device_kind
     print(f"{jax.device_count()} x {kind}, peak {peak / 1e12:.2f} TFLOP/s ({source})")
-    dataset = digits.repeated(max(sizes) * _STEPS.value)
+    dataset = training_images.repeated(max(sizes) * _STEPS.value)
     timed = [Timed(name, dataset) for name in _CONFIGS.value]
     for _segment in range(_SEGMENTS.value + 1):
         for one in timed:

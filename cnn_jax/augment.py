@@ -4,14 +4,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from cnn_jax.config import AugmentConfig
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, of pixels in [0, 1]."""
+
 
 def normalize(
-    images: UInt8[Array, "batch height width channels"],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    images: UInt8[Array, "batch height width channels"], normalization: Normalization
 ) -> Float[Array, "batch height width channels"]:
     """Returns (pixels / 255 - mean) / std in float32, channel by channel."""
     scaled = images.astype(jnp.float32) / 255
+    mean, std = normalization
     if not any(mean) and set(std) == {1.0}:
         return scaled
     shape = (1, 1, 1, len(mean))
@@ -81,28 +85,26 @@ def cutout(
 
 
 def augment(
-    images: Float[Array, "batch height width channels"],
-    key: Key[Array, ""],
-    *,
-    flip_images: bool,
-    translate_pixels: int,
-    cutout_side: int,
+    images: Float[Array, "batch height width channels"], key: Key[Array, ""], config: AugmentConfig
 ) -> Float[Array, "batch height width channels"]:
-    """Applies the chosen changes in the order flip, translate, cutout, each with its own key."""
+    """Applies what `config` asks for in the order flip, translate, cutout, each with its own key.
+
+    Alternating flips are not among them: they need the examples' numbers (`alternate_flip`).
+    """
     flip_key, translate_key, cutout_key = jax.random.split(key, 3)
-    if flip_images:
+    if config.flip == "random":
         images = flip(images, flip_key)
-    if translate_pixels:
-        images = translate(images, translate_key, translate_pixels)
-    if cutout_side:
-        images = cutout(images, cutout_key, cutout_side)
+    if config.translate:
+        images = translate(images, translate_key, config.translate)
+    if config.cutout:
+        images = cutout(images, cutout_key, config.cutout)
     return images
 
 
 def test_time_views(
     images: Float[Array, "batch height width channels"], test_time: str
 ) -> list[tuple[float, Float[Array, "batch height width channels"]]]:
-    """Returns what a trained network looks at in place of images, each with its weight.
+    """Returns the views of the images whose logits are averaged, each with its weight.
 
     `test_time` is that of `AugmentConfig`. The views and weights are airbench94's (Jordan, 2024):
     the shifts are by one pixel, up and left or down and right, reflecting at the border.

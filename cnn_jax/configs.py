@@ -1,12 +1,14 @@
-"""The configs that `--config` names, each built from another by `replace`.
+"""The configs that `--config` names, each derived from another by `replace`.
 
 Hyper-parameters are those of the chapter's listings ("Deep Learning with Azure", chapter 6).
-A docstring's first line, with the chapter's test accuracy, is what `--help` prints.
+`--help` prints the first line of each docstring, with the test accuracy that the source reports.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from cnn_jax import fields, user_code
 from cnn_jax.config import (
     AugmentConfig,
     Config,
@@ -15,17 +17,17 @@ from cnn_jax.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    nearest,
 )
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, nearest
+from cnn_jax.values import is_user_code
 
-_NEW_HEAD, _FROZEN = ("head/.*", 1.0), (".*", None)
-_LAST_BLOCK = (r"(fc\d+|block{last})/.*", 0.1)
+_NEW_HEAD, _FROZEN, _LAST_BLOCK = ("head/.*", 1.0), (".*", None), ("{last}/.*", 0.1)
+_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _BLOCK1, _BLOCK2, _BLOCK3 = (64, 64), (128, 128), (256, 256, 256)
 
 
 def quickstart() -> Config:
-    """Small CNN on scikit-learn's bundled digits: no download."""
+    """A small VGG on scikit-learn's bundled digits; needs no download."""
     return Config(
         name="quickstart",
         model=ModelConfig(name="vgg", blocks=((16, 16), (32, 32)), dense=(128,), dropout=0.25),
@@ -85,17 +87,17 @@ def vgg3() -> Config:
 def vgg_dropout() -> Config:
     """Model 4: vgg3 with dropout 0.5, 10 epochs. Chapter: 80%.
 
-    Listing 6-14; dropout follows fc1 and fc2. The Keras twin of the listing trains for 30 epochs.
+    Listing 6-14; dropout follows fc1 and fc2. The same network in Keras is trained for 30 epochs.
     """
     base = vgg3()
     return replace(base, name="vgg_dropout", model=replace(base.model, dropout=0.5))
 
 
 def finetune_all() -> Config:
-    """All layers of init.checkpoint, 10 epochs.
+    """Trains a new head and all layers of init.checkpoint, 10 epochs.
 
-    They learn at a tenth of the new head's rate. The network, the size of the images and their
-    normalisation are the checkpoint's; data.name=folder, which it starts from, needs data.dir.
+    The learning rate of the old layers is a tenth of the head's. Network, image size and
+    normalisation are those of the checkpoint. The photos are in data.dir.
     """
     return Config(
         name="finetune_all",
@@ -107,9 +109,9 @@ def finetune_all() -> Config:
 
 
 def finetune_head() -> Config:
-    """A new head on frozen layers, 100 epochs.
+    """Trains a new head on the frozen layers of init.checkpoint, 100 epochs.
 
-    What the frozen layers make of an image is computed once, so the epochs cost next to nothing.
+    The outputs of the frozen layers are computed only once, so an epoch takes little time.
     """
     base = finetune_all()
     return replace(
@@ -121,7 +123,7 @@ def finetune_head() -> Config:
 
 
 def finetune_last_block() -> Config:
-    """The last block and all above, 10 epochs."""
+    """Trains a new head, the hidden dense layers and the last block, 10 epochs."""
     base = finetune_all()
     return replace(
         base,
@@ -131,36 +133,50 @@ def finetune_last_block() -> Config:
 
 
 def finetune_gradual() -> Config:
-    """Unfreezes from the head down, 10 epochs.
+    """Trains a new head, then more and more layers, 10 epochs.
 
-    The head alone, from epoch 3 with the last block and the dense layers, from epoch 6 all layers.
-    Gradual unfreezing after Howard and Ruder, "Universal Language Model Fine-tuning" (2018).
+    The last block and the hidden dense layers train from epoch 3 on, all layers from epoch 6 on:
+    gradual unfreezing as in Howard and Ruder, "Universal Language Model Fine-tuning" (2018).
     """
     base = finetune_all()
-    phases = (
-        (0, (_NEW_HEAD, _FROZEN)),
-        (3, (_NEW_HEAD, _LAST_BLOCK, _FROZEN)),
-        (6, (_NEW_HEAD, (".*", 0.1))),
-    )
+    last = ("{last}/.*", ((0, None), (3, 0.1)))
+    groups = (_NEW_HEAD, last, (".*", ((0, None), (6, 0.1))))
+    return replace(base, name="finetune_gradual", optim=replace(base.optim, groups=groups))
+
+
+def resnet_small() -> Config:
+    """A residual network of 14 layers with BatchNorm, 20 epochs.
+
+    Network, augmentation, momentum, learning rate and batch size are those of He et al., "Deep
+    Residual Learning for Image Recognition" (2015), section 4.2. The paper has no network of this
+    depth, trains for 164 epochs with a step schedule, and has a weight decay of 1e-4.
+    """
+    base = simple_cnn()
     return replace(
-        base, name="finetune_gradual", optim=replace(base.optim, groups=(), phases=phases)
+        base,
+        name="resnet_small",
+        data=replace(base.data, normalize=_CIFAR10),
+        augment=AugmentConfig(flip="random", translate=4),
+        model=ModelConfig(name="resnet_small", blocks=((16, 16), (32, 32), (64, 64)), dense=()),
+        optim=OptimConfig(learning_rate=0.1, schedule="cosine", weight_decay=5e-4),
+        train=TrainConfig(epochs=20, batch_size=128),
     )
 
 
 def airbench() -> Config:
-    """A modern recipe, 10 epochs. Its author: 94.0%.
+    """A fast modern network with its training recipe, 10 epochs. Its author: 94.0%.
 
-    airbench94 of Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), which stops
-    after 9.9 epochs and drops each one's last short batch: 476 steps, where here they are 490.
-    Its rates and decays are those of the mean loss over a batch, not of its sum.
+    airbench94 of Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024). The original
+    drops the short last batch of each epoch and stops after 9.9 epochs: 476 steps; here it is 490.
+    Learning rates and weight decays are converted from the summed loss to the mean loss.
     """
     base = simple_cnn()
-    frozen, norms = ("whiten/kernel", None), (".*norm./bias", 64.0)
+    norms = ".*norm./bias"
     return replace(
         base,
         name="airbench",
-        data=replace(base.data, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-        augment=AugmentConfig(alternate_flip=True, translate=2, test_time="mirror_translate"),
+        data=replace(base.data, normalize=_CIFAR10),
+        augment=AugmentConfig(flip="alternate", translate=2, test_time="mirror_translate"),
         model=ModelConfig(
             name="airbench",
             blocks=((64, 64), (256, 256), (256, 256)),
@@ -174,12 +190,13 @@ def airbench() -> Config:
             momentum=0.85,
             schedule="linear",
             warmup_epochs=2.3,
-            warmup_fraction=0.2,
-            final_fraction=0.07,
-            decays=((".*norm./bias", 2.079e-5), (".*", 1.330e-3)),
-            phases=(
-                (0, (frozen, norms, (".*", 1.0))),
-                (3, (("whiten/.*", None), norms, (".*", 1.0))),
+            ends=(0.2, 0.07),
+            weight_decay=((norms, 2.079e-5), (".*", 1.330e-3)),
+            groups=(
+                ("whiten/kernel", None),
+                ("whiten/bias", ((0, 1.0), (3, None))),
+                (norms, 64.0),
+                (".*", 1.0),
             ),
         ),
         train=TrainConfig(epochs=10, batch_size=1024, label_smoothing=0.2, lookahead_steps=5),
@@ -195,6 +212,7 @@ CONFIGS: dict[str, Callable[[], Config]] = {
         vgg2,
         vgg3,
         vgg_dropout,
+        resnet_small,
         airbench,
         finetune_head,
         finetune_last_block,
@@ -205,19 +223,27 @@ CONFIGS: dict[str, Callable[[], Config]] = {
 
 
 def get(name: str) -> Config:
-    """Returns the config of that name.
+    """Returns a named config, the config in a .json file, or one of the user's own.
+
+    "my_file.py:my_config" names a `Config`, or a function without arguments that returns one.
 
     Raises:
-        UserError: no config has the name; the message has the nearest that does.
+        UserError: there is no such config; for a mistyped name, the message has the nearest one.
     """
+    if name.endswith(".json"):
+        return fields.load(Path(name).expanduser())
+    if is_user_code(name):
+        found = user_code.load(name)
+        found = found() if callable(found) else found
+        if not isinstance(found, Config):
+            raise UserError(f"--config={name} must be a Config or return one")
+        return found
     if name not in CONFIGS:
-        known = ", ".join(CONFIGS)
-        raise UserError(f"unknown config {name}{nearest(name, CONFIGS)}; known: {known}")
+        known = f"known: {', '.join(CONFIGS)}, FILE.py:NAME or FILE.json"
+        raise UserError(f"unknown config {name}{nearest(name, CONFIGS)}; {known}")
     return CONFIGS[name]()
 
 
-def listing() -> str:
-    """Returns one line a config: its name and the first line of its docstring."""
-    return "\n".join(
-        f"  {name:<19} {(make.__doc__ or '').splitlines()[0]}" for name, make in CONFIGS.items()
-    )
+def listing() -> list[tuple[str, str]]:
+    """Returns the name of each config and the first line of its docstring."""
+    return [(name, (make.__doc__ or "").splitlines()[0]) for name, make in CONFIGS.items()]

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, optimizers and freezing, assembled from optax by a config's names."""
+"""Learning-rate schedules, optimizers and freezing, built from optax by the names in a config."""
 
 import re
 from collections.abc import Callable, Hashable, Iterable
@@ -9,101 +9,117 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from cnn_jax import trees
-from cnn_jax.config import Decays, Groups, OptimConfig, TrainConfig
+from cnn_jax import trees, user_code
+from cnn_jax.config import OptimConfig, TrainConfig
 from cnn_jax.errors import UserError
 
+Groups = tuple[tuple[str, float | None], ...]
+"""(pattern, learning-rate multiplier) pairs at one epoch; None is frozen."""
 Phases = tuple[tuple[int, Groups], ...]
-"""Groups by the step they hold from: rising, the first from step 0."""
+"""The groups by the epoch from which they hold: rising, the first from epoch 0."""
 
 
-def make_phases(config: OptimConfig, n_blocks: int, steps_per_epoch: int) -> Phases:
-    """Returns the groups of the whole run; without any, all parameters are trained alike."""
+def make_phases(config: OptimConfig, last_block: Callable[[], str]) -> Phases:
+    """Returns the groups of the whole run. Without `optim.groups` all parameters train alike.
 
-    def resolve(groups: Groups) -> Groups:
-        return tuple((pattern.replace("{last}", str(n_blocks)), rate) for pattern, rate in groups)
+    `last_block()` is the regular expression that "{last}" stands for (see `models.last_block`); it
+    is not called where no pattern has that.
+    """
+    uses_last = any("{last}" in pattern for pattern, _ in config.groups)
+    last = last_block() if uses_last else ""
+    changes = {0} | {e for _, m in config.groups if isinstance(m, tuple) for e, _ in m}
 
-    if config.phases:
-        return tuple((epoch * steps_per_epoch, resolve(groups)) for epoch, groups in config.phases)
-    return ((0, resolve(config.groups)),)
+    def at(epoch: int, multiplier: Any) -> float | None:
+        if not isinstance(multiplier, tuple):
+            return multiplier
+        return [value for start, value in multiplier if start <= epoch][-1]
+
+    return tuple(
+        (epoch, tuple((p.replace("{last}", last), at(epoch, m)) for p, m in config.groups))
+        for epoch in sorted(changes)
+    )
 
 
-def phase_at(phases: Phases, step: int) -> int:
-    """Returns the index of the phase that a step, counted from 0, belongs to."""
-    return sum(start <= step for start, _ in phases) - 1
-
-
-def group_of(groups: Groups | Decays, name: str) -> tuple[str, Any] | None:
-    """Returns the first of the groups whose pattern matches a parameter's whole name, or None."""
+def group_of(groups: Iterable[tuple[str, Any]], name: str) -> tuple[str, Any] | None:
+    """Returns the first group whose pattern matches all of a parameter's name, or None."""
     return next((group for group in groups if re.fullmatch(group[0], name)), None)
 
 
 def multiplier(groups: Groups, name: str) -> float | None:
-    """Returns what a parameter's learning rate is multiplied by; None if it is frozen."""
+    """Returns the multiplier of a parameter's learning rate; None if it is frozen."""
     if not groups:
         return 1.0
     group = group_of(groups, name)
     return group[1] if group else None
 
 
-def check_groups(field_name: str, groups: Groups | Decays, names: Iterable[str]) -> None:
-    """Refuses groups that do not divide up the parameters of those names; empty ones pass.
+def check_groups(
+    field_name: str, groups: tuple[tuple[str, Any], ...], names: Iterable[str]
+) -> None:
+    """Refuses groups that do not divide up the parameters of these names; empty ones pass.
+
+    A last pattern ".*", for all others, may match nothing: "{last}" of a small network is all of
+    it but the head.
 
     Raises:
-        UserError: lists the parameters that no pattern matches, and the patterns that are the
-            first to match none.
+        UserError: lists the parameters without a pattern and the patterns without a parameter.
     """
     if not groups:
         return
     chosen = {name: group_of(groups, name) for name in names}
     uncovered = [name for name, group in chosen.items() if group is None]
-    unused = [pattern for pattern, rate in groups if (pattern, rate) not in chosen.values()]
+    used = {group[0] for group in chosen.values() if group}
+    unused = [pattern for pattern, _ in groups if pattern not in used]
+    unused = unused[:-1] if unused[-1:] == [".*"] else unused
     if uncovered or unused:
         raise UserError(
             f"{field_name}: parameters that no pattern matches: {', '.join(uncovered) or 'none'}; "
-            f"patterns that are the first to match nothing: {', '.join(unused) or 'none'}"
+            "unused patterns (they match nothing, or an earlier pattern matches it first): "
+            f"{', '.join(unused) or 'none'}"
         )
 
 
 def trainable_part(params: Any, groups: Groups) -> Any:
-    """Returns `params` with None in place of what is frozen.
+    """Returns `params` with None in place of every frozen parameter.
 
     Raises:
         UserError: the groups do not divide up the parameters.
     """
     check_groups("optim.groups", groups, trees.named_leaves(params))
-    return trees.keep(lambda name: multiplier(groups, name) is not None, params)
+    return trees.select(lambda name: multiplier(groups, name) is not None, params)
 
 
 def make_schedule(config: OptimConfig, steps_per_epoch: int, epochs: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step, from step 0 to steps_per_epoch * epochs.
 
-    The warm-up rises linearly and is part of the run: what follows is spread over the
-    remaining steps, and `boundaries` count from the start of training.
+    The warm-up rises linearly and is part of the run: cosine and linear decay are spread over the
+    remaining steps, and the epochs of a step schedule count from the start of training.
     """
-    peak, total = config.learning_rate, steps_per_epoch * epochs
+    peak, (start, end) = config.learning_rate, config.ends
     warmup = round(config.warmup_epochs * steps_per_epoch)
-    remaining = max(total - warmup, 1)
+    remaining = max(steps_per_epoch * epochs - warmup, 1)
     if config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(peak, remaining, alpha=config.final_fraction)
+        main = optax.cosine_decay_schedule(peak, remaining, alpha=end)
     elif config.schedule == "linear":
-        main = optax.linear_schedule(peak, peak * config.final_fraction, remaining)
-    elif config.schedule == "piecewise":
-        steps = [round(epoch * steps_per_epoch) - warmup for epoch in config.boundaries]
-        factors = {step: config.decay_factor ** steps.count(step) for step in steps}
-        main = optax.piecewise_constant_schedule(peak, factors)
-    else:
+        main = optax.linear_schedule(peak, peak * end, remaining)
+    elif config.schedule == "constant":
         main = optax.constant_schedule(peak)
+    else:
+        factors: dict[int, float] = {}
+        for epoch, factor in config.schedule:
+            step = round(float(epoch) * steps_per_epoch) - warmup
+            factors[step] = factors.get(step, 1.0) * float(factor)
+        main = optax.piecewise_constant_schedule(peak, factors)
     if not warmup:
         return main
-    rise = optax.linear_schedule(peak * config.warmup_fraction, peak, warmup)
+    rise = optax.linear_schedule(peak * start, peak, warmup)
     return optax.join_schedules([rise, main], [warmup])
 
 
 def make_average_decay(
     config: TrainConfig, total_steps: int
 ) -> Callable[[Int[Array, ""]], Float[Array, ""]] | None:
-    """Returns what an average keeps of itself after so many steps, from 1 on; None without one.
+    """Returns the share that an average keeps of itself after a number of steps; None without one.
 
     Lookahead's 0.95^k (t / T)^3 every k steps is that of airbench94 (Jordan, 2024).
     """
@@ -113,38 +129,27 @@ def make_average_decay(
     return (lambda _: jnp.float32(config.ema_decay)) if config.ema_decay else None
 
 
-def _decays(config: OptimConfig) -> list[optax.GradientTransformation]:
-    """Returns one for each pattern that decays; without `decays`, kernels alone do."""
-    groups = config.decays or ((".*kernel", config.weight_decay),)
-
-    def decay(group: tuple[str, float]) -> optax.GradientTransformation:
-        mask = partial(trees.map_named, lambda name, _: group_of(groups, name) == group)
-        return optax.add_decayed_weights(group[1], mask=mask)
-
-    return [decay(group) for group in groups if group[1]]
-
-
 def make_optimizer(
     config: OptimConfig, phases: Phases = ((0, ()),)
 ) -> optax.GradientTransformation:
     """Returns clipping, weight decay, the optimizer and the groups' multipliers as one.
 
-    Its updates are those of a learning rate of 1, to be multiplied by the schedule's: steps are
-    counted in one place, and the rate that a run records is the one that it applies.
+    Its updates are those of a learning rate of 1, to be multiplied by the schedule's value: steps
+    are counted in one place, and the rate that a run records is the one that it applies.
 
-    It is that of the last of `phases`, and is given the trainable part of the parameters alone,
-    so what is frozen has no state and no say in the norm. What has been trained since different
-    phases is counted apart: Adam corrects its averages for the steps that a parameter has seen.
+    It is the optimizer of the last of `phases`, and gets the trainable parameters alone, so that a
+    frozen parameter has no state and no part in the norm. Parameters that began to train in
+    different phases are counted apart: Adam's bias correction needs each one's own step count.
 
-    Momentum is v = momentum * v + gradient; update = -v, as in TensorFlow's
-    MomentumOptimizer, which the chapter uses. Adam and RMSProp keep optax' other constants.
+    Momentum is v = momentum * v + gradient; update = -v, as in TensorFlow's MomentumOptimizer,
+    which the chapter uses. Adam and RMSProp keep optax's other constants.
     """
     steps = []
     if config.clip_norm:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
     if config.name != "adamw":
-        steps += _decays(config)
-    if len(config.phases) < 2:
+        steps += _weight_decays(config)
+    if not any(isinstance(multiplier, tuple) for _, multiplier in config.groups):
         steps.append(_update_rule(config))
     else:
         rules: dict[Hashable, optax.GradientTransformation] = {
@@ -164,22 +169,41 @@ def make_optimizer(
     return optax.chain(*steps)
 
 
+def _weight_decays(config: OptimConfig) -> list[optax.GradientTransformation]:
+    """Returns one transformation for each pattern that decays."""
+    groups = decay_groups(config)
+
+    def decay(group: tuple[str, float]) -> optax.GradientTransformation:
+        mask = partial(trees.map_named, lambda name, _: group_of(groups, name) == group)
+        return optax.add_decayed_weights(group[1], mask=mask)
+
+    return [decay(group) for group in groups if group[1]]
+
+
+def decay_groups(config: OptimConfig) -> tuple[tuple[str, float], ...]:
+    """Returns (pattern, weight decay) pairs; a single number is the decay of all kernels."""
+    decay = config.weight_decay
+    return decay if isinstance(decay, tuple) else ((".*kernel", float(decay)),)
+
+
 def _update_rule(config: OptimConfig) -> optax.GradientTransformation:
-    if config.name == "adam":
-        return optax.adam(1.0)
-    if config.name == "adamw":
-        rate = optax.scale_by_learning_rate(1.0)
-        return optax.chain(optax.scale_by_adam(), *_decays(config), rate)
-    if config.name == "rmsprop":
-        return optax.rmsprop(1.0)
-    if config.name == "sgd":
-        return optax.sgd(1.0)
-    nesterov = config.name == "nesterov"
-    return optax.sgd(1.0, momentum=config.momentum, nesterov=nesterov)
+    rules: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "sgd": lambda: optax.sgd(1.0),
+        "momentum": lambda: optax.sgd(1.0, momentum=config.momentum),
+        "nesterov": lambda: optax.sgd(1.0, momentum=config.momentum, nesterov=True),
+        "adam": lambda: optax.adam(1.0),
+        "adamw": lambda: optax.chain(
+            optax.scale_by_adam(), *_weight_decays(config), optax.scale_by_learning_rate(1.0)
+        ),
+        "rmsprop": lambda: optax.rmsprop(1.0),
+    }
+    if config.name in rules:
+        return rules[config.name]()
+    return user_code.load(config.name)(config)
 
 
 def _trained_since(phases: Phases, name: str) -> int:
-    """Returns the step from which a parameter has been trained without a break."""
+    """Returns the epoch from which a parameter has been trained without a break."""
     since = phases[-1][0]
     for start, groups in reversed(phases):
         if multiplier(groups, name) is None:

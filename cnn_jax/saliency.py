@@ -1,6 +1,5 @@
-"""What in an image a network's answer rests on: occlusion and Grad-CAM, both pure functions."""
+"""Which parts of an image a prediction depends on: occlusion and Grad-CAM."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,36 +7,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
-from cnn_jax import augment, evaluate, models
+from cnn_jax import augment, kernels
+from cnn_jax.errors import UserError
+from cnn_jax.models import inspection
+from cnn_jax.predictor import Predictor
 
 _GRAY = 128
 
 
 def square(height: int, width: int) -> tuple[int, int]:
-    """Returns the side of the square that `occlusion` hides, and by how much it moves, in pixels.
+    """Returns side and step, in pixels, of the square that `occlusion` hides.
 
-    A quarter of the image's shorter side, and half of that. The first square lies in the upper left
-    corner; where its moves do not end at the other borders, a strip there is never hidden.
+    The side is a quarter of the image's shorter side, and the step half of that. The first square
+    is in the upper left corner; a strip at the right or lower border that is narrower than a step
+    may never be hidden.
     """
     side = max(min(height, width) // 4, 1)
     return side, max(side // 2, 1)
 
 
 def occlusion(
-    model: nn.Module,
-    variables: Any,
-    image: UInt8[np.ndarray, "height width 3"],
-    target: int,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    predictor: Predictor, image: UInt8[np.ndarray, "height width 3"], target: int
 ) -> Float[np.ndarray, "rows columns"]:
-    """Returns by how much the logit of the class `target` falls where a gray `square` is hidden.
+    """Returns by how much the logit of class `target` drops when a gray `square` hides each place.
 
     After Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks" (2014), section
-    4.2; the logit, as a probability near 1 barely moves.
+    4.2; of the logit, since a probability near 1 barely changes.
     """
     height, width = image.shape[:2]
     side, step = square(height, width)
@@ -45,36 +42,56 @@ def occlusion(
     hidden = np.repeat(image[None], 1 + len(tops) * len(lefts), axis=0)
     for i, (top, left) in enumerate(((y, x) for y in tops for x in lefts), start=1):
         hidden[i, top : top + side, left : left + side] = _GRAY
-    logits = evaluate.logits(model, variables, hidden, mean=mean, std=std, test_time="none")
-    of_class = logits[:, target]
+    of_class = predictor.logits(hidden, test_time="none")[:, target]
     return (of_class[0] - of_class[1:]).reshape(len(tops), len(lefts))
 
 
-@partial(jax.jit, static_argnames=("model", "layer", "mean", "std"))
 def grad_cam(
+    predictor: Predictor,
+    images: UInt8[np.ndarray, "n height width 3"],
+    targets: Int[np.ndarray, "n"],
+    layer: str,
+) -> Float[np.ndarray, "n map_height map_width"]:
+    """Returns where the feature maps that module `layer` returns support each image's target class.
+
+    The maps are summed with weights, and negative sums are set to 0. A map's weight is the mean of
+    the gradient of the class' logit with respect to the map. Selvaraju et al., "Grad-CAM" (2017),
+    equations 1 and 2.
+
+    Raises:
+        UserError: the network has no module of that name, or it returns no feature maps.
+    """
+    with kernels.use(predictor.config.runtime.kernels):
+        maps = _grad_cam(
+            predictor.model,
+            predictor.variables,
+            images,
+            targets,
+            layer=layer,
+            normalization=predictor.config.data.normalize,
+        )
+    return np.asarray(maps)
+
+
+@partial(jax.jit, static_argnames=("model", "layer", "normalization"))
+def _grad_cam(
     model: nn.Module,
     variables: Any,
-    images: UInt8[Array, "n height width 3"],
-    targets: Int[Array, "n"],
-    layer: str,
+    images: jax.Array,
+    targets: jax.Array,
     *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Float[Array, "n map_height map_width"]:
-    """Returns where the feature maps that `layer` is given speak for each image's target class.
+    layer: str,
+    normalization: augment.Normalization,
+) -> jax.Array:
+    normal = augment.normalize(images, normalization)
+    maps = inspection.outputs(model, variables, normal, (layer,))[layer]
+    if maps.ndim != 4:
+        raise UserError(f"layer {layer} returns no feature maps, which Grad-CAM needs")
 
-    The maps' sum, each weighted by the mean of the class' logit's gradient in it, and 0 where that
-    is negative. Selvaraju et al., "Grad-CAM" (2017), equations 1 and 2.
-    """
-    normal = augment.normalize(images, mean, std)
-    maps = models.layer_inputs(model, variables, normal)[layer]
-
-    def target_logits(maps: Array) -> Array:
-        _, height, width, channels = images.shape
-        with models.LayerCache(layer, (height, width, channels)).replacing(maps) as placeholders:
-            logits: Any = model.apply(variables, placeholders)
+    def target_logits(maps: jax.Array) -> jax.Array:
+        with inspection.replaced({layer: maps}):
+            logits: Any = model.apply(variables, normal)
         return jnp.sum(logits[jnp.arange(len(images)), targets])
 
-    gradient: Callable[[Array], Array] = jax.grad(target_logits)
-    weights = jnp.mean(gradient(maps), axis=(1, 2), keepdims=True)
+    weights = jnp.mean(jax.grad(target_logits)(maps), axis=(1, 2), keepdims=True)
     return jax.nn.relu(jnp.sum(weights * maps, axis=-1)).astype(jnp.float32)

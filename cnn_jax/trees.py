@@ -27,20 +27,23 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
     )
 
 
-def keep(wanted: Callable[[str], bool], tree: Any) -> Any:
-    """Returns the tree with None, which has no leaves, in place of what is not wanted by name."""
+def select(wanted: Callable[[str], bool], tree: Any) -> Any:
+    """Returns the tree with None, which has no leaves, in place of each leaf that is not wanted.
+
+    `wanted` gets the leaf's name; compare `eqx.partition`.
+    """
     return map_named(lambda name, leaf: leaf if wanted(name) else None, tree)
 
 
-def merge(part: Any, whole: Any) -> Any:
-    """Returns `part`, a tree that `keep` made, with the leaves of `whole` in place of its Nones."""
+def combine(part: Any, whole: Any) -> Any:
+    """Returns `part` with each None filled by the leaf of `whole`; compare `eqx.combine`."""
     return jax.tree.map(
         lambda kept, leaf: leaf if kept is None else kept, part, whole, is_leaf=lambda x: x is None
     )
 
 
 def replace_named(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """Returns the tree with those of `leaves` that it has a name for in place of its own."""
+    """Returns the tree with its leaves replaced by those of `leaves` that have the same name."""
     return map_named(lambda name, leaf: leaves.get(name, leaf), tree)
 
 
@@ -59,8 +62,8 @@ def all_finite(tree: Any) -> jax.Array:
 def sha256(tree: Any) -> str:
     """Returns the SHA-256 of every leaf's name, dtype, shape and bytes, in name order, as hex.
 
-    Equal hashes mean bitwise equal trees, but for the shapes () and (1,), taken for one another;
-    where the arrays lie (device, sharding) plays no part.
+    Equal hashes mean bitwise equal trees, except that the shapes () and (1,) count as equal. The
+    hash does not depend on where the arrays are (device, sharding).
     """
     digest = hashlib.sha256()
     for name, leaf in named_leaves(tree).items():

@@ -1,14 +1,14 @@
-"""Random changes of the training images."""
+"""Augmentation of the training images."""
 
 from experiments.spec import SMALL, Bars, Experiment, small
 
 _CHANGES = {
     "none": {},
-    "flip": {"flip": True},
+    "flip": {"flip": "random"},
     "translate": {"translate": 2},
     "cutout": {"cutout": 8},
-    "flip-translate": {"flip": True, "translate": 2},
-    "all": {"flip": True, "translate": 2, "cutout": 8},
+    "flip-translate": {"flip": "random", "translate": 2},
+    "all": {"flip": "random", "translate": 2, "cutout": 8},
 }
 
 EXPERIMENT = Experiment(
@@ -17,6 +17,7 @@ EXPERIMENT = Experiment(
         name: small(augment=changes, train={"epochs": 20}) for name, changes in _CHANGES.items()
     },
     figure=Bars(("test_accuracy", "train_accuracy")),
-    note=SMALL + " Here there are 20 epochs, because augmentation pays later. Shifts are by up to "
-    "2 pixels, cutout hides squares of 8. Train accuracy is that on the changed images.",
+    note=SMALL + " In this experiment it is trained for 20 epochs, since augmentation helps later "
+    "in training. Shifts are by up to 2 pixels; cutout hides a square with sides of 8 pixels. "
+    "Training accuracy is that on the augmented images.",
 )

@@ -1,4 +1,4 @@
-"""The batch size, at the same learning rate and at one in proportion to it."""
+"""The batch size, at a fixed learning rate and at one proportional to the batch size."""
 
 from experiments.spec import SMALL, AgainstField, Experiment, small
 

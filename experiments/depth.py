@@ -1,4 +1,4 @@
-"""More convolutions a block, and more blocks."""
+"""More convolutions in each block, and more blocks."""
 
 from experiments.spec import SMALL, Dots, Experiment, small
 
@@ -15,6 +15,6 @@ EXPERIMENT = Experiment(
     },
     figure=Dots(),
     columns=("test_accuracy", "train_accuracy", "param_count", "flops_per_image", "seconds"),
-    note=SMALL + " Here there are one to three such blocks of one or two convolutions each: "
-    "`2x1` is two blocks of one.",
+    note=SMALL + " In this experiment it has one to three such blocks of one or two convolutions: "
+    "`2x1` has two blocks of one convolution.",
 )

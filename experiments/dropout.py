@@ -1,4 +1,4 @@
-"""How many hidden units to drop."""
+"""The rate of dropout."""
 
 from experiments.spec import SMALL, AgainstField, Experiment, small
 
@@ -7,5 +7,5 @@ EXPERIMENT = Experiment(
     variants={f"{rate:g}": small(model={"dropout": rate}) for rate in (0.0, 0.1, 0.25, 0.5, 0.75)},
     figure=AgainstField("model.dropout", "probability that a unit of fc1 is dropped"),
     columns=("test_accuracy", "test_loss", "train_accuracy"),
-    note=SMALL + " Train accuracy is taken with dropout on.",
+    note=SMALL + " Training accuracy is measured with dropout on.",
 )

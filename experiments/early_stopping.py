@@ -1,4 +1,4 @@
-"""Stopping when validation accuracy no longer rises."""
+"""Stopping when the validation accuracy no longer improves."""
 
 from experiments.spec import SMALL, Bars, Experiment, small
 
@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     },
     figure=Bars(("test_accuracy", "train_accuracy")),
     columns=("test_accuracy", "test_loss", "train_accuracy", "epochs_run", "best_epoch", "seconds"),
-    note=SMALL + " Here there are at most 20 epochs, and 2,000 images are held out for validation "
-    "in every variant. With patience, the parameters of the epoch of the best validation accuracy "
-    "are tested; train accuracy is that of this epoch.",
+    note=SMALL + " In this experiment it is trained for at most 20 epochs, and 2,000 images are "
+    "held out for validation in every variant. With patience, the parameters with the best "
+    "validation accuracy are evaluated, and the training accuracy is that of their epoch.",
 )

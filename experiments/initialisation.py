@@ -1,11 +1,11 @@
-"""What kernels start from."""
+"""The distribution of the initial kernels."""
 
 from experiments.spec import SMALL, Bars, Experiment, small
 
 _NAMES = ("glorot_uniform", "he_uniform", "narrow_uniform")
 
 EXPERIMENT = Experiment(
-    question="What do initial values change?",
+    question="How much do the initial values matter?",
     variants={name: small(model={"initializer": name}) for name in _NAMES},
     figure=Bars(("test_accuracy", "train_accuracy")),
     columns=("test_accuracy", "test_loss", "train_accuracy"),

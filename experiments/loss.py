@@ -1,4 +1,4 @@
-"""Cross-entropy and mean squared error, each at the learning rate that suits it."""
+"""Cross-entropy and mean squared error, each at its best learning rate."""
 
 from experiments.spec import SMALL, Dots, Experiment, small
 
@@ -10,6 +10,6 @@ EXPERIMENT = Experiment(
     figure=Dots(),
     rates=_RATES,
     columns=("optim.learning_rate", "test_accuracy", "train_accuracy"),
-    note=SMALL + " The squared error is that of the softmax probabilities, mean over classes: its "
-    "gradients are smaller, hence the larger rates.",
+    note=SMALL + " The squared error is that of the softmax probabilities, averaged over classes. "
+    "Its gradients are smaller, so larger learning rates are tried.",
 )

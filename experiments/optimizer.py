@@ -1,4 +1,4 @@
-"""SGD, momentum, Adam and RMSProp, each at the learning rate that suits it."""
+"""SGD, momentum, Adam and RMSProp, each at its best learning rate."""
 
 from experiments.spec import SMALL, Dots, Experiment, small
 
@@ -10,7 +10,7 @@ _RATES = {
 }
 
 EXPERIMENT = Experiment(
-    question="Which optimizer gets furthest in 10 epochs?",
+    question="Which optimizer reaches the best accuracy in 10 epochs?",
     variants={name: small(optim={"name": name}) for name in _RATES},
     figure=Dots(),
     rates=_RATES,

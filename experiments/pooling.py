@@ -1,4 +1,4 @@
-"""Max pooling, average pooling, and convolutions that move by two pixels in their place."""
+"""Max pooling, average pooling, and convolutions with a stride of 2 instead."""
 
 from experiments.spec import SMALL, Dots, Experiment, small
 
@@ -7,6 +7,6 @@ EXPERIMENT = Experiment(
     variants={name: small(model={"pooling": name}) for name in ("max", "average", "stride")},
     figure=Dots(),
     columns=("test_accuracy", "train_accuracy", "flops_per_image"),
-    note=SMALL + " With `stride` nothing is pooled: the last convolution of a block moves by two "
-    "pixels, and so costs a quarter.",
+    note=SMALL + " With `stride` there is no pool: the last convolution of each block has a stride "
+    "of 2, which costs a quarter of its FLOPs.",
 )

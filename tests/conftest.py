@@ -1,21 +1,34 @@
-"""Settings of every test: no silent broadcasting of ranks, no file outside temporary folders."""
+"""Settings of every test: the CPU, checked types and shapes, no file outside temporary folders."""
 
 import os
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Read when JAX is imported.
+
 import jax
-import numpy as np
 import pytest
 from absl import logging
+from jaxtyping import install_import_hook
 
-from cnn_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from cnn_jax.data import ImageDataset, Split
+pytest.register_assert_rewrite("helpers")
+if os.environ.get("CNN_JAX_TYPECHECK"):
+    install_import_hook("cnn_jax", "helpers.typecheck.check")  # Of what is imported from here on.
 
-# Inherited by the processes that tests start, so that all of them share one warm cache.
-_CACHE = tempfile.TemporaryDirectory(prefix="cnn_jax_tests_")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+import helpers.typecheck  # noqa: E402
+from helpers.data import colours  # noqa: E402
+
+from cnn_jax.config import Config, DataConfig, ModelConfig, RuntimeConfig, TrainConfig  # noqa: E402
+from cnn_jax.data import ImageDataset  # noqa: E402
+
+assert helpers.typecheck.check
+
+# The processes of xdist, and those that tests start, inherit the first one's folder, so that all
+# of them share one cache of compiled programs.
+if "XDG_CACHE_HOME" not in os.environ or "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="cnn_jax_tests_")
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
+jax.config.update("jax_compilation_cache_dir", os.environ["XDG_CACHE_HOME"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -31,27 +44,10 @@ def few_programs():
     jax.clear_caches()
 
 
-def make_split(n: int, seed: int, size: int = 8) -> Split:
-    """Returns noisy images in three colours, whose names are the classes."""
-    rng = np.random.default_rng(seed)
-    labels = (np.arange(n) % 3).astype(np.int32)
-    images = rng.integers(0, 100, (n, size, size, 3)).astype(np.uint8)
-    images[np.arange(n), :, :, labels] += 120
-    return Split(images, labels)
-
-
 @pytest.fixture
 def dataset() -> ImageDataset:
     """22 training, 9 validation and 10 test images of 8x8 in three colours."""
-    return ImageDataset(
-        name="colours",
-        source="made in a test",
-        class_names=("red", "green", "blue"),
-        train=make_split(22, seed=1),
-        validation=make_split(9, seed=2),
-        test=make_split(10, seed=3),
-        skipped=(),
-    )
+    return colours(22, 9, 10)
 
 
 @pytest.fixture
@@ -61,7 +57,8 @@ def tiny() -> Config:
         name="tiny",
         data=DataConfig(validation=0.1),
         model=ModelConfig(name="vgg", blocks=((4,), (4,)), dense=(8,), dropout=0.25),
-        train=TrainConfig(epochs=2, batch_size=8, segment_steps=2),
+        train=TrainConfig(epochs=2, batch_size=8),
+        runtime=RuntimeConfig(segment_steps=2),
     )
 
 

@@ -12,6 +12,9 @@ import numpy as np
 VECTORS = Path(__file__).with_name("vgg16_vectors.npz")
 BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 SIZES = (224, 96, 32)
+# The same network with few channels, which takes milliseconds.
+NARROW = {"blocks": ((4, 4), (4, 6), (4, 4, 4), (4, 4, 4), (4, 4, 5)), "dense": (8, 7)}
+NARROW_SIZES = (224, 150, 96, 32)
 
 
 def weights(
@@ -45,26 +48,42 @@ def images(size: int) -> np.ndarray:
 
 def main() -> None:
     import torch
+
+    logits = {f"size{size}": array for size, array in torch_logits(SIZES).items()}
+    narrow = torch_logits(NARROW_SIZES, **NARROW, n_classes=3)
+    logits |= {f"narrow{size}": array for size, array in narrow.items()}
+    np.savez_compressed(VECTORS, torch=torch.__version__, **logits)
+
+
+def torch_logits(
+    sizes: tuple[int, ...],
+    blocks: tuple[tuple[int, ...], ...] = BLOCKS,
+    dense: tuple[int, int] = (4096, 4096),
+    n_classes: int = 1000,
+) -> dict[int, np.ndarray]:
+    """Returns PyTorch's logits of `images(size)` for each size."""
+    import torch
     from torch import nn
 
     features, n_in = [], 3
-    for block in BLOCKS:
+    for block in blocks:
         for width in block:
             features += [nn.Conv2d(n_in, width, 3, padding=1), nn.ReLU()]
             n_in = width
         features.append(nn.MaxPool2d(2, 2))
-    classifier = [nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Dropout()]
-    classifier += [nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 1000)]
+    classifier = [nn.Linear(n_in * 49, dense[0]), nn.ReLU(), nn.Dropout()]
+    classifier += [nn.Linear(*dense), nn.ReLU(), nn.Dropout(), nn.Linear(dense[1], n_classes)]
     parts = {"features": nn.Sequential(*features), "classifier": nn.Sequential(*classifier)}
-    state = {name: torch.from_numpy(array) for name, array in weights().items()}
+    arrays = weights(blocks, dense, n_classes)
+    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
     nn.ModuleDict(parts).load_state_dict(state, strict=True)
     logits = {}
-    for size in SIZES:
+    for size in sizes:
         x = torch.from_numpy(images(size)).permute(0, 3, 1, 2)
         with torch.no_grad():
             x = nn.AdaptiveAvgPool2d(7)(parts["features"].eval()(x))
-            logits[f"size{size}"] = parts["classifier"].eval()(x.flatten(1)).numpy()
-    np.savez_compressed(VECTORS, torch=torch.__version__, **logits)
+            logits[size] = parts["classifier"].eval()(x.flatten(1)).numpy()
+    return logits
 
 
 if __name__ == "__main__":

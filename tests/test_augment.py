@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import augment
+from cnn_jax.config import AugmentConfig
 
 KEY = jax.random.key(3)
 RAMP = jnp.arange(2 * 6 * 6 * 3, dtype=jnp.float32).reshape(2, 6, 6, 3) + 1
@@ -13,14 +14,14 @@ MANY = jnp.repeat(RAMP[:1], 400, axis=0)
 
 def test_normalize_scales_bytes_to_the_unit_interval():
     pixels = jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 1, 3)
-    unit = augment.normalize(pixels, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    unit = augment.normalize(pixels, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
     np.testing.assert_allclose(unit[0, 0, 0], [0, 0.2, 1], rtol=1e-6)
     assert unit.dtype == jnp.float32
 
 
 def test_normalize_shifts_and_scales_each_channel():
     pixels = jnp.array([0, 51, 255], jnp.uint8).reshape(1, 1, 1, 3)
-    values = augment.normalize(pixels, (0.1, 0.2, 0.5), (0.1, 1.0, 0.25))
+    values = augment.normalize(pixels, ((0.1, 0.2, 0.5), (0.1, 1.0, 0.25)))
     np.testing.assert_allclose(values[0, 0, 0], [-1, 0, 2], atol=1e-6)
 
 
@@ -50,13 +51,13 @@ def test_cutout_zeroes_a_square_clipped_at_the_border():
 
 
 def test_augment_without_options_is_the_identity():
-    same = augment.augment(RAMP, KEY, flip_images=False, translate_pixels=0, cutout_side=0)
+    same = augment.augment(RAMP, KEY, AugmentConfig())
     np.testing.assert_array_equal(same, RAMP)
 
 
 def test_augment_is_a_function_of_the_key():
     def run(key: jax.Array) -> jax.Array:
-        return augment.augment(MANY, key, flip_images=True, translate_pixels=2, cutout_side=2)
+        return augment.augment(MANY, key, AugmentConfig(flip="random", translate=2, cutout=2))
 
     np.testing.assert_array_equal(run(KEY), run(KEY))
     assert not np.array_equal(run(KEY), run(jax.random.key(4)))
@@ -65,7 +66,7 @@ def test_augment_is_a_function_of_the_key():
 def test_augment_gives_each_change_its_own_key():
     flips, shifts, holes = jax.random.split(KEY, 3)
     expected = augment.cutout(augment.translate(augment.flip(MANY, flips), shifts, 1), holes, 2)
-    changed = augment.augment(MANY, KEY, flip_images=True, translate_pixels=1, cutout_side=2)
+    changed = augment.augment(MANY, KEY, AugmentConfig(flip="random", translate=1, cutout=2))
     np.testing.assert_array_equal(changed, expected)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back bitwise, and damage never passes for a checkpoint."""
+"""Checkpoints: what was saved is read back bitwise, and damage is always noticed."""
 
 import json
 import shutil
@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.checkpoints import empty, everything, largest_file
 
-from cnn_jax import checkpoint, trees
-from cnn_jax.checkpoint import CheckpointError, Checkpoints
+from cnn_jax import trees
 from cnn_jax.errors import UserError
+from cnn_jax.runs import checkpoint
+from cnn_jax.runs.checkpoint import CheckpointError, Checkpoints
 
 STATE = {
     "params": {"fc": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}},
@@ -25,19 +27,15 @@ def never(message: str) -> None:
     raise AssertionError(message)
 
 
-def save(workdir: Path, *steps: int, keep: int = 2) -> None:
-    with Checkpoints(workdir, "latest", keep) as store:
+def save(workdir: Path, *steps: int) -> None:
+    with Checkpoints(workdir, "latest", writable=True) as store:
         for step in steps:
             store.save(step, {**STATE, "step": jnp.int32(step)}, {"note": step})
 
 
-def everything(name: str) -> bool:
-    return True
-
-
 def test_a_state_comes_back_bitwise_with_its_record(workdir: Path):
     save(workdir, 7)
-    with Checkpoints(workdir, "latest", 2) as store:
+    with Checkpoints(workdir, "latest", writable=True) as store:
         restored = store.restore_newest(lambda _: jax.eval_shape(lambda: STATE), never)
     assert restored is not None
     assert trees.sha256(restored[0]) == trees.sha256(STATE)
@@ -51,7 +49,7 @@ def test_only_the_newest_are_kept(workdir: Path):
 
 
 def test_saving_a_step_again_replaces_it(workdir: Path):
-    with Checkpoints(workdir, "best", 1) as store:
+    with Checkpoints(workdir, "best", writable=True) as store:
         store.save(3, {"x": jnp.zeros(2)}, {"try": 1})
         store.save(3, {"x": jnp.ones(2)}, {"try": 2})
         loaded = store.read(3, everything)
@@ -65,10 +63,6 @@ def test_load_reads_a_part_without_a_template(workdir: Path):
     assert set(loaded.arrays) == {"params.fc.kernel", "params.fc.bias"}
     np.testing.assert_array_equal(loaded.subtree("params")["fc"]["bias"], [1, 1, 1])
     assert loaded.subtree("batch_stats") == {}
-
-
-def largest_file(folder: Path) -> Path:
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
 def flip_bit(folder: Path) -> None:
@@ -88,11 +82,6 @@ def remove_arrays(folder: Path) -> None:
     shutil.rmtree(folder / "state")
 
 
-def empty(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
 def edit_record(folder: Path) -> None:
     path = folder / "meta/metadata"
     path.write_text(path.read_text().replace('"note": 2', '"note": 5'))
@@ -107,7 +96,7 @@ def test_damage_is_named_and_the_one_before_is_taken(workdir: Path, damage):
     save(workdir, 1, 2)
     damage(workdir / "checkpoints/latest/2")
     warnings: list[str] = []
-    with Checkpoints(workdir, "latest", 2) as store:
+    with Checkpoints(workdir, "latest", writable=True) as store:
         restored = store.restore_newest(lambda _: STATE, warnings.append)
     assert restored is not None
     assert int(restored[0]["step"]) == 1
@@ -130,7 +119,7 @@ def test_bits_all_over_the_array_file_count(workdir: Path):
     path = largest_file(folder / "state")
     whole = path.read_bytes()
     missed = []
-    with Checkpoints(workdir, "latest", 2) as store:
+    with Checkpoints(workdir, "latest", writable=True) as store:
         for position in range(0, len(whole), max(len(whole) // 24, 1)):
             changed = bytearray(whole)
             changed[position] ^= 0x10
@@ -153,7 +142,7 @@ def test_leftovers_of_a_killed_save_are_no_checkpoints_and_go_with_the_next_save
     save(workdir, 1)
     leftover = workdir / "checkpoints/latest/2.orbax-checkpoint-tmp"
     (leftover / "state").mkdir(parents=True)
-    with Checkpoints(workdir, "latest", 2) as store:
+    with Checkpoints(workdir, "latest", writable=True) as store:
         assert store.steps() == [1]
         store.save(3, STATE, {})
     assert sorted(p.name for p in leftover.parent.glob("[0-9]*")) == ["1", "3"]
@@ -162,7 +151,7 @@ def test_leftovers_of_a_killed_save_are_no_checkpoints_and_go_with_the_next_save
 def test_another_architecture_is_refused_with_both_sides_named(workdir: Path):
     save(workdir, 1)
     other = {**STATE, "params": {"fc": {"kernel": jnp.zeros((2, 4)), "gamma": jnp.zeros(3)}}}
-    with Checkpoints(workdir, "latest", 2) as store, pytest.raises(UserError) as error:
+    with Checkpoints(workdir, "latest", writable=True) as store, pytest.raises(UserError) as error:
         store.restore_newest(lambda _: other, never)
     assert "it holds params.fc.bias [3] float32, params.fc.kernel [2, 3] float32" in str(
         error.value
@@ -172,14 +161,17 @@ def test_another_architecture_is_refused_with_both_sides_named(workdir: Path):
 
 def test_another_dtype_is_refused(workdir: Path):
     save(workdir, 1)
-    with Checkpoints(workdir, "latest", 2) as store, pytest.raises(UserError, match="int32"):
+    with (
+        Checkpoints(workdir, "latest", writable=True) as store,
+        pytest.raises(UserError, match="int32"),
+    ):
         store.restore_newest(lambda _: {**STATE, "step": jnp.float32(0)}, never)
 
 
 def test_no_checkpoint_is_none_in_training_and_an_error_outside(workdir: Path):
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load(workdir, "latest", everything)
-    with Checkpoints(workdir, "latest", 2) as store:
+    with Checkpoints(workdir, "latest", writable=True) as store:
         assert store.restore_newest(lambda _: STATE, never) is None
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.load(workdir, "latest", everything)

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,32 +17,42 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.data import noise, seed_of, write_photos
 from PIL import Image
 
 from cnn_jax import data
 from cnn_jax.config import DataConfig
 from cnn_jax.data import ImageDataset, Split
+from cnn_jax.data.photos import load_image
 from cnn_jax.errors import UserError
-from cnn_jax.photos import load_image
 
-Make = Callable[..., DataConfig]
+Load = Callable[..., ImageDataset]
+Refusal = Callable[..., str]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """Builds a DataConfig whose cache lies in this test's own folder."""
-    defaults: dict[str, Any] = {"cache_dir": str(tmp_path / "cache")}
-    return lambda **values: DataConfig(**defaults | values)
+def load(tmp_path: Path) -> Load:
+    """Loads the images of a DataConfig through a cache in this test's own folder."""
+    return lambda **values: data.load(DataConfig(**values), str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def refusal(load: Load) -> Refusal:
+    """Returns the one line that a DataConfig ends with."""
+
+    def message(**values: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            load(**values)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return message
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     file = BytesIO()
     Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 def write_tfds(
@@ -109,28 +120,9 @@ def examples(n: int, *shape: int, seed: int = 0) -> list[tuple[np.ndarray, int]]
     return [(noise(*shape, seed=seed + i), i % 3) for i in range(n)]
 
 
-def write_photos(root: Path, counts: Mapping[str, int], size: tuple[int, int] = (12, 12)) -> None:
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = noise(size[1], size[0], 3, seed=hash_of(name) + i)
-            Image.fromarray(pixels).save(root / name / f"{i:03}.png")
-
-
-def hash_of(name: str) -> int:
-    return int.from_bytes(name.encode(), "big") % 10_000
-
-
 def rows(split: Split | None) -> list[bytes]:
     assert split is not None
     return [image.tobytes() for image in split.images]
-
-
-def refusal(config: DataConfig) -> str:
-    with pytest.raises(UserError) as caught:
-        data.load(config)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_import_is_light() -> None:
@@ -142,8 +134,8 @@ def test_import_is_light() -> None:
     assert run.stdout == "[]\n"
 
 
-def test_digits(make: Make) -> None:
-    dataset = data.load(make())
+def test_digits(load: Load) -> None:
+    dataset = load()
     assert dataset.name == "digits"
     assert dataset.source == "scikit-learn load_digits, scaled to 32x32x3"
     assert dataset.class_names == tuple("0123456789")
@@ -156,35 +148,40 @@ def test_digits(make: Make) -> None:
     np.testing.assert_array_equal(dataset.train.images[..., 0], dataset.train.images[..., 2])
 
 
-def test_digits_are_the_scans(make: Make) -> None:
+def test_digits_are_the_scans(load: Load) -> None:
     from sklearn.datasets import load_digits
 
-    dataset = data.load(make(image_size=8))
+    dataset = load(image_size=8)
     scans = load_digits(return_X_y=True)[0]
     parts = dataset.train.images, dataset.test.images
     ours = sorted(image[..., 0].tobytes() for part in parts for image in part)
     assert ours == sorted(np.round(scan * 255 / 16).astype(np.uint8).tobytes() for scan in scans)
 
 
-def test_split_is_the_same_for_ever(make: Make) -> None:
+def test_split_is_the_same_for_ever(load: Load) -> None:
     # The literal hash also guards splits against a new release of NumPy.
-    dataset = data.load(make(image_size=8, validation=0.1))
+    dataset = load(image_size=8, validation=0.1)
     expected = "d99e0ce7a24af27965f5125a6321e6ed22fec5f575f280c0323921b141005195"
     assert dataset.sha256 == expected
 
 
-def test_second_load_reads_the_cache(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = data.load(make())
-    monkeypatch.setattr(data, "_decode_digits", lambda size: pytest.fail("decoded again"))
-    second = data.load(make())
+def test_digits_keep_their_bits(load: Load) -> None:
+    expected = "48baf5bf46602413de91c5d43feed568754bcf0b1c427038f1914c013944bd5c"
+    assert load().sha256 == expected
+
+
+def test_second_load_reads_the_cache(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load()
+    monkeypatch.setattr(data.digits, "_decode", lambda size: pytest.fail("decoded again"))
+    second = load()
     assert first.sha256 == second.sha256
     with pytest.raises(pytest.fail.Exception):
-        data.load(make(image_size=16))
+        load(image_size=16)
 
 
-def test_validation_is_taken_from_train_by_class(make: Make) -> None:
-    whole = data.load(make(image_size=8))
-    dataset = data.load(make(image_size=8, validation=0.25))
+def test_validation_is_taken_from_train_by_class(load: Load) -> None:
+    whole = load(image_size=8)
+    dataset = load(image_size=8, validation=0.25)
     assert dataset.validation is not None
     assert dataset.counts == {"train": 1079, "validation": 359, "test": 359}
     assert rows(dataset.test) == rows(whole.test)
@@ -195,17 +192,17 @@ def test_validation_is_taken_from_train_by_class(make: Make) -> None:
     assert rows(dataset.train) == [row for row in rows(whole.train) if row in kept]
 
 
-def test_split_seed_alone_moves_the_split(make: Make) -> None:
-    first, again = data.load(make(image_size=8)), data.load(make(image_size=8))
-    other = data.load(make(image_size=8, split_seed=1))
+def test_split_seed_alone_moves_the_split(load: Load) -> None:
+    first, again = load(image_size=8), load(image_size=8)
+    other = load(image_size=8, split_seed=1)
     assert rows(first.test) == rows(again.test)
     assert rows(first.test) != rows(other.test)
     assert len(first.test) == len(other.test)
 
 
-def test_classes_are_relabelled_in_order(make: Make) -> None:
-    whole = data.load(make(image_size=8, validation=0.1))
-    dataset = data.load(make(image_size=8, validation=0.1, classes=("7", "2")))
+def test_classes_are_relabelled_in_order(load: Load) -> None:
+    whole = load(image_size=8, validation=0.1)
+    dataset = load(image_size=8, validation=0.1, classes=("7", "2"))
     assert dataset.class_names == ("7", "2")
     for part in ("train", "validation", "test"):
         few, all_ = dataset.parts[part], whole.parts[part]
@@ -215,34 +212,34 @@ def test_classes_are_relabelled_in_order(make: Make) -> None:
         assert few.labels.dtype == np.int32
 
 
-def test_images_per_class(make: Make) -> None:
-    whole = data.load(make(image_size=8, validation=0.1))
-    few = data.load(make(image_size=8, validation=0.1, images_per_class=20))
-    fewer = data.load(make(image_size=8, validation=0.1, images_per_class=5))
+def test_images_per_class(load: Load) -> None:
+    whole = load(image_size=8, validation=0.1)
+    few = load(image_size=8, validation=0.1, images_per_class=20)
+    fewer = load(image_size=8, validation=0.1, images_per_class=5)
     assert np.bincount(few.train.labels).tolist() == [20] * 10
     assert rows(few.validation) == rows(whole.validation)
     assert rows(few.test) == rows(whole.test)
     assert set(rows(fewer.train)) < set(rows(few.train)) < set(rows(whole.train))
-    other = data.load(make(image_size=8, validation=0.1, images_per_class=20, split_seed=1))
+    other = load(image_size=8, validation=0.1, images_per_class=20, split_seed=1)
     assert rows(other.train) != rows(few.train)
 
 
-def test_wrong_choices_are_one_line(make: Make) -> None:
-    assert refusal(make(images_per_class=500)) == (
+def test_wrong_choices_are_one_line(refusal: Refusal) -> None:
+    assert refusal(images_per_class=500) == (
         "data.images_per_class=500: class 0 has 142 training images"
     )
     # Of those 142, validation takes 14 first.
-    assert refusal(make(images_per_class=129, validation=0.1)) == (
+    assert refusal(images_per_class=129, validation=0.1) == (
         "data.images_per_class=129: class 0 has 128 training images"
     )
     known = "; known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
-    assert refusal(make(classes=("1", "x"))) == f"data.classes: there is no class x{known}"
+    assert refusal(classes=("1", "x")) == f"data.classes: there is no class x{known}"
 
 
-def test_unknown_class_gets_the_nearest_name(make: Make, tmp_path: Path) -> None:
+def test_unknown_class_gets_the_nearest_name(refusal: Refusal, tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", {"horse": 2, "zebra": 2})
-    config = make(name="folder", dir=str(tmp_path / "photos"), classes=("hors", "zebra"))
-    assert refusal(config) == "data.classes: there is no class hors (did you mean horse?)"
+    message = refusal(name="folder", dir=str(tmp_path / "photos"), classes=("hors", "zebra"))
+    assert message == "data.classes: there is no class hors (did you mean horse?)"
 
 
 @pytest.mark.parametrize(
@@ -314,11 +311,11 @@ def test_sha256_sees_every_part() -> None:
     assert build() == build()
 
 
-def test_tfds_colour(make: Make, tmp_path: Path) -> None:
+def test_tfds_colour(load: Load, tmp_path: Path) -> None:
     train, test = examples(7, 9, 8, 3), examples(3, 9, 8, 3, seed=50)
     splits = {"train": train, "test": test, "extra": [(noise(9, 8, 3), -1)] * 2}
     write_tfds(tmp_path / "sets", "svhn_cropped", splits)
-    dataset = data.load(make(name="svhn_cropped", dir=str(tmp_path / "sets")))
+    dataset = load(name="svhn_cropped", dir=str(tmp_path / "sets"))
     assert dataset.source == f"tfds svhn_cropped 3.0.2 in {tmp_path / 'sets'}"
     assert dataset.class_names == ("ant", "bee", "cat")
     assert dataset.counts == {"train": 7, "validation": 0, "test": 3}
@@ -328,92 +325,94 @@ def test_tfds_colour(make: Make, tmp_path: Path) -> None:
         assert split.labels.dtype == np.int32
 
 
-def test_tfds_reads_in_chunks(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_CHUNK", 3)
+def test_tfds_reads_in_chunks(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.tfds, "_CHUNK", 3)
     train = examples(8, 8, 8, 3)
     write_tfds(tmp_path, "cifar10", {"train": train, "test": train[:3]})
-    dataset = data.load(make(name="cifar10", dir=str(tmp_path)))
+    dataset = load(name="cifar10", dir=str(tmp_path))
     np.testing.assert_array_equal(dataset.train.images, np.stack([pixels for pixels, _ in train]))
 
 
-def test_tfds_gray_is_repeated(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tfds_gray_is_repeated(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = examples(6, 28, 28)
     write_tfds(tmp_path, "mnist", {"train": train, "test": train[:3]})
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    dataset = data.load(make(name="mnist"))
+    dataset = load(name="mnist")
     assert dataset.train.images.shape == (6, 28, 28, 3)
     for channel in range(3):
         assert (dataset.train.images[2, :, :, channel] == train[2][0]).all()
 
 
-def test_tfds_jpeg(make: Make, tmp_path: Path) -> None:
+def test_tfds_jpeg(load: Load, tmp_path: Path) -> None:
     flat = [(np.full((8, 8, 3), 40 * i, np.uint8), i % 3) for i in range(6)]
     write_tfds(tmp_path, "flowers", {"train": flat, "test": flat}, kind="JPEG")
-    dataset = data.load(make(name="flowers", dir=str(tmp_path)))
+    dataset = load(name="flowers", dir=str(tmp_path))
     assert dataset.train.images[:, 4, 4, 1].tolist() == [0, 40, 80, 120, 160, 200]
 
 
-def test_tfds_without_test_part_holds_one_out(make: Make, tmp_path: Path) -> None:
+def test_tfds_without_test_part_holds_one_out(load: Load, tmp_path: Path) -> None:
     write_tfds(tmp_path, "flowers", {"train": examples(30, 8, 8, 3)})
-    dataset = data.load(make(name="flowers", dir=str(tmp_path), test_fraction=0.3))
+    dataset = load(name="flowers", dir=str(tmp_path), test_fraction=0.3)
     assert dataset.counts == {"train": 21, "validation": 0, "test": 9}
 
 
-def test_tfds_takes_the_latest_version(make: Make, tmp_path: Path) -> None:
+def test_tfds_takes_the_latest_version(load: Load, tmp_path: Path) -> None:
     for version, count in (("3.0.9", 3), ("3.0.10", 6), ("2.9.9", 9)):
         splits = {"train": examples(count, 8, 8, 3), "test": examples(3, 8, 8, 3)}
         write_tfds(tmp_path, "mnist", splits, version=version)
     (tmp_path / "mnist" / "incomplete.4.0.0").mkdir()
     (tmp_path / "mnist" / "incomplete.4.0.0" / "dataset_info.json").write_text("{}")
-    assert len(data.load(make(name="mnist", dir=str(tmp_path))).train) == 6
+    assert len(load(name="mnist", dir=str(tmp_path)).train) == 6
 
 
-def test_tfds_cache(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tfds_cache(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"train": examples(6, 8, 8, 3), "test": examples(3, 8, 8, 3)}
     folder = write_tfds(tmp_path / "sets", "mnist", splits)
-    config = make(name="mnist", dir=str(tmp_path / "sets"))
-    first = data.load(config)
+    config = dict(name="mnist", dir=str(tmp_path / "sets"))
+    first = load(**config)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode_tfds", lambda folder: pytest.fail("decoded again"))
-        assert data.load(config).sha256 == first.sha256
+        patch.setattr(data.tfds, "_decode", lambda *args: pytest.fail("decoded again"))
+        assert load(**config).sha256 == first.sha256
         changed = folder / "label.labels.txt"
         changed.write_text("ant\nbee\ncow\n")
         with pytest.raises(pytest.fail.Exception):
-            data.load(config)
-    assert data.load(config).class_names == ("ant", "bee", "cow")
+            load(**config)
+    assert load(**config).class_names == ("ant", "bee", "cow")
     assert len(list((tmp_path / "cache").iterdir())) == 1  # The new one replaced the old one.
 
 
-def test_tfds_refusals(make: Make, tmp_path: Path) -> None:
+def test_tfds_refusals(refusal: Refusal, tmp_path: Path) -> None:
     good = examples(6, 8, 8, 3)
 
-    def load(case: str, splits: Mapping[str, Any], **values: Any) -> str:
+    def message(case: str, splits: Mapping[str, Any], **values: Any) -> str:
         folder = write_tfds(tmp_path / case, "mnist", splits, **values)
-        message = refusal(make(name="mnist", dir=str(tmp_path / case)))
-        return message.replace(str(folder), "FOLDER").replace(str(tmp_path), "TMP")
+        line = refusal(name="mnist", dir=str(tmp_path / case))
+        return line.replace(str(folder), "FOLDER").replace(str(tmp_path), "TMP")
 
-    assert load("sizes", {"train": [*good, (noise(8, 9, 3), 0)], "test": good}) == (
+    assert message("sizes", {"train": [*good, (noise(8, 9, 3), 0)], "test": good}) == (
         "FOLDER has images of several sizes: [8, 8] and [8, 9]"
     )
-    assert load("labels", {"train": good, "test": [(good[0][0], 3), (good[1][0], 1)]}) == (
+    assert message("labels", {"train": good, "test": [(good[0][0], 3), (good[1][0], 1)]}) == (
         "tfds mnist 3.0.2 in TMP/labels, test: labels must be in [0, 3), not 1 to 3"
     )
-    assert load("key", {"train": good}, label_key="score") == (
+    assert message("key", {"train": good}, label_key="score") == (
         "FOLDER is not a set of images with one label each"
     )
-    assert load("format", {"train": good}, file_format="tfrecord") == (
-        "FOLDER was not prepared as array_record, which alone is read without TensorFlow; "
-        "choose another data.dir"
+    assert message("format", {"train": good}, file_format="tfrecord") == (
+        "FOLDER was not prepared as array_record, the only format that is read without "
+        "TensorFlow. To prepare it as array_record beside, run: python -c 'from cnn_jax.data "
+        'import tfds; tfds.prepare("mnist", "TMP/format/array_record")\'; then set '
+        "--data.dir=TMP/format/array_record"
     )
-    assert load("test", {"test": good}) == "FOLDER has no train split"
+    assert message("test", {"test": good}) == "FOLDER has no train split"
     assert not (tmp_path / "cache").exists()
-    assert load("absent", {"train": [e for e in good if e[1] != 1], "test": good}) == (
+    assert message("absent", {"train": [e for e in good if e[1] != 1], "test": good}) == (
         "tfds mnist 3.0.2 in TMP/absent: class bee has no training images"
     )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone", "flipped"])
-def test_tfds_damage_is_one_line(make: Make, tmp_path: Path, damage: str) -> None:
+def test_tfds_damage_is_one_line(refusal: Refusal, tmp_path: Path, damage: str) -> None:
     splits = {"train": examples(40, 32, 32, 3), "test": examples(4, 32, 32, 3)}
     folder = write_tfds(tmp_path, "mnist", splits)
     shard = folder / "mnist-train.array_record-00000-of-00002"
@@ -424,64 +423,108 @@ def test_tfds_damage_is_one_line(make: Make, tmp_path: Path, damage: str) -> Non
         shard.write_bytes(content[: len(content) // 2])
     else:
         shard.write_bytes(content[:5000] + bytes(500) + content[5500:])
-    message = refusal(make(name="mnist", dir=str(tmp_path)))
+    message = refusal(name="mnist", dir=str(tmp_path))
     assert message.startswith(f"{folder} can't be read: ")
     assert message.endswith("; delete it and prepare it again")
 
 
 WAYS = (
-    ". Point TFDS_DATA_DIR or --set=data.dir at a data_dir that tfds prepared as array_record; or "
-    "go online once, and it is prepared; or use other images: --set=data.name=digits (bundled), "
-    "or --set=data.name=folder with --set=data.dir=PHOTOS"
+    ". Point TFDS_DATA_DIR or --data.dir at a folder in which tfds prepared it as array_record; or "
+    "run this once with a network, and it is prepared; or use other images: --data.name=digits "
+    "(bundled), or --data.name=folder --data.dir=PHOTOS"
 )
 
 
-def test_unprepared_without_tensorflow(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_sets_name_the_extra_that_prepares_them(
+    refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "_installed", lambda module: module != "tensorflow")
-    monkeypatch.setattr(data, "_reachable", lambda url: pytest.fail("went online for nothing"))
-    assert refusal(make(name="cifar10", dir=str(tmp_path / "none"))) == (
-        f"cifar10 is not in {tmp_path / 'none'}, and tensorflow, which prepares it, can't be "
-        f"imported{WAYS}"
+    monkeypatch.setattr(data.tfds, "_installed", lambda module: module != "tensorflow")
+    monkeypatch.setattr(data.tfds, "_reachable", lambda url: pytest.fail("went online for nothing"))
+    assert refusal(name="svhn_cropped", dir=str(tmp_path / "none")) == (
+        f"svhn_cropped is not in {tmp_path / 'none'}, and tfds needs TensorFlow to prepare it; "
+        "install that with pip install -e '.[tfds-prepare]', or point TFDS_DATA_DIR or --data.dir "
+        "at a folder in which tfds prepared it as array_record"
     )
 
 
+def test_a_set_whose_code_needs_another_package(
+    refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorflow_datasets as tfds
+
+    def builder(*args: Any, **kwargs: Any) -> None:
+        raise ModuleNotFoundError("No module named 'pandas'\nand 20 lines more")
+
+    monkeypatch.setattr(tfds, "builder", builder)
+    message = refusal(name="qm9", dir=str(tmp_path))
+    assert message == "tfds can't prepare qm9: No module named 'pandas'"
+
+
 def test_unprepared_offline_fails_fast(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(data, "_installed", lambda module: True)
-    monkeypatch.setattr(data, "_reachable", lambda url: bool(asked.append(url)))
+    monkeypatch.setattr(data.tfds, "_installed", lambda module: module != "tensorflow")
+    monkeypatch.setattr(data.tfds, "_reachable", lambda url: bool(asked.append(url)))
     start = time.monotonic()
-    assert refusal(make(name="cifar10", dir=str(tmp_path))) == (
+    assert refusal(name="cifar10", dir=str(tmp_path)) == (
         f"cifar10 is not in {tmp_path}, and there is no network{WAYS}"
     )
     assert time.monotonic() - start < 5
     assert asked == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
 
 
-def test_prepares_on_first_use(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["cifar10", "svhn_cropped"])
+def test_prepares_on_first_use(
+    load: Load, refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A set with official archives by their module, another one by tfds itself."""
     import tensorflow_datasets as tfds
 
     def builder(name: str, data_dir: Path, file_format: str) -> SimpleNamespace:
         assert file_format == "array_record"
 
-        def prepare() -> None:
-            if name == "mnist":
+        def prepare(*args: Any) -> None:
+            if "broken" in str(data_dir):
                 raise RuntimeError("two\nlines")
-            write_tfds(data_dir, name, {"train": examples(6, 8, 8, 3), "test": examples(3, 8, 8)})
+            if "void" not in str(data_dir):
+                splits = {"train": examples(6, 8, 8, 3), "test": examples(3, 8, 8)}
+                write_tfds(data_dir, name, splits)
 
+        if name == "cifar10":
+            monkeypatch.setattr(data.tfds.archives, "prepare", prepare)
+            return SimpleNamespace(url_infos=None)
         return SimpleNamespace(url_infos=None, download_and_prepare=prepare)
 
-    monkeypatch.setattr(data, "_installed", lambda module: True)
-    monkeypatch.setattr(data, "_reachable", lambda url: True)
+    monkeypatch.setattr(data.tfds, "_installed", lambda module: name == "svhn_cropped")
+    monkeypatch.setattr(data.tfds, "_reachable", lambda url: True)
     monkeypatch.setattr(tfds, "builder", builder)
-    dataset = data.load(make(name="cifar10", dir=str(tmp_path)))
+    dataset = load(name=name, dir=str(tmp_path / "fine"))
     assert dataset.counts == {"train": 6, "validation": 0, "test": 3}
-    assert refusal(make(name="mnist", dir=str(tmp_path))) == (
-        f"mnist is not in {tmp_path}, and preparing it failed: two lines{WAYS}"
+    assert refusal(name=name, dir=str(tmp_path / "broken")) == (
+        f"{name} is not in {tmp_path / 'broken'}, and preparing it failed: two lines{WAYS}"
     )
+    assert refusal(name=name, dir=str(tmp_path / "void")) == (
+        f"{name} is not in {tmp_path / 'void'}, and tfds prepared nothing{WAYS}"
+    )
+
+
+def test_the_command_for_another_format_prepares_beside(
+    load: Load, refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = {"train": examples(6, 8, 8, 3), "test": examples(3, 8, 8, 3)}
+    root = tmp_path / "it's here"
+    write_tfds(root, "mnist", splits, file_format="tfrecord")
+    message = refusal(name="mnist", dir=str(root))
+    command = shlex.split(message.partition("run: ")[2].partition("; then set ")[0])
+    assert command[:2] == ["python", "-c"]
+    prepared = []
+    monkeypatch.setattr(data.tfds, "prepare", lambda *args: prepared.append(args))
+    exec(command[2], {})
+    assert prepared == [("mnist", f"{root}/array_record")]
+    assert message.endswith(f"; then set --data.dir={root}/array_record")
+    write_tfds(root / "array_record", "mnist", splits)
+    assert len(load(name="mnist", dir=f"{root}/array_record").train) == 6
 
 
 def test_reachable() -> None:
@@ -495,12 +538,12 @@ def test_reachable() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), Refuse) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/set.tar.gz"
-        assert data._reachable(url)  # A server that answers "not found" answers.
+        assert data.tfds._reachable(url)  # A server that answers "not found" answers.
         server.shutdown()
-    assert not data._reachable(url)
+    assert not data.tfds._reachable(url)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
-        assert not data._reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/", seconds=0.2)
+        assert not data.tfds._reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/", seconds=0.2)
         assert time.monotonic() - start < 2
 
 
@@ -510,7 +553,7 @@ def test_reachable_waits_for_no_name_server(monkeypatch: pytest.MonkeyPatch) -> 
         "urllib.request.urlopen", lambda *args, **kwargs: done.wait(30) and BytesIO()
     )
     start = time.monotonic()
-    assert not data._reachable("http://a.name/", seconds=0.1)
+    assert not data.tfds._reachable("http://a.name/", seconds=0.1)
     assert time.monotonic() - start < 5
     done.set()
 
@@ -525,9 +568,9 @@ def test_reachable_waits_for_no_name_server(monkeypatch: pytest.MonkeyPatch) -> 
         ("no such set", ""),
     ],
 )
-def test_unknown_name(make: Make, tmp_path: Path, name: str, hint: str) -> None:
+def test_unknown_name(refusal: Refusal, tmp_path: Path, name: str, hint: str) -> None:
     known = "digits, folder, cifar10, cifar100, mnist, fashion_mnist, svhn_cropped"
-    message = refusal(make(name=name, dir=str(tmp_path)))
+    message = refusal(name=name, dir=str(tmp_path))
     assert message == f"unknown data set {name}{hint}; known: {known}"
 
 
@@ -537,9 +580,8 @@ def cache_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_damaged_cache_is_built_anew(make: Make, tmp_path: Path, warned: list[str]) -> None:
-    config = make(image_size=8)
-    expected = data.load(config).sha256
+def test_damaged_cache_is_rebuilt(load: Load, tmp_path: Path, warned: list[str]) -> None:
+    expected = load(image_size=8).sha256
     path = cache_file(tmp_path)
     content = path.read_bytes()
     damages = [b"", content[:100], content[:-1], content[: len(content) // 2], b"x" * len(content)]
@@ -547,18 +589,17 @@ def test_damaged_cache_is_built_anew(make: Make, tmp_path: Path, warned: list[st
     damages.append(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     for number, damage in enumerate(damages, start=1):
         path.write_bytes(damage)
-        assert data.load(config).sha256 == expected
+        assert load(image_size=8).sha256 == expected
         assert len(warned) == number
-        assert warned[-1].startswith(f"cache {path} is damaged and is built anew: ")
+        assert warned[-1].startswith(f"cache {path} is damaged and is rebuilt: ")
         assert path.read_bytes() == content
-    assert data.load(config).sha256 == expected
+    assert load(image_size=8).sha256 == expected
     assert len(warned) == len(damages)
 
 
-def test_no_flipped_byte_passes(make: Make, tmp_path: Path, warned: list[str]) -> None:
+def test_no_flipped_byte_passes(load: Load, tmp_path: Path, warned: list[str]) -> None:
     write_tfds(tmp_path, "mnist", {"train": examples(3, 8, 8, 3), "test": examples(3, 8, 8, 3)})
-    config = make(name="mnist", dir=str(tmp_path))
-    expected = data.load(config)
+    expected = load(name="mnist", dir=str(tmp_path))
     path = cache_file(tmp_path)
     content = path.read_bytes()
     fingerprint = str(np.load(path)["fingerprint"])
@@ -567,7 +608,7 @@ def test_no_flipped_byte_passes(make: Make, tmp_path: Path, warned: list[str]) -
         flipped = bytearray(content)
         flipped[position] ^= 0x10
         path.write_bytes(flipped)
-        decoded = data._read_cache(path, fingerprint)
+        decoded = data.cache._read(path, fingerprint)
         noticed += decoded is None
         if decoded is not None:  # Bytes of the container that nothing reads, such as dates.
             assert decoded.class_names == expected.class_names
@@ -576,9 +617,9 @@ def test_no_flipped_byte_passes(make: Make, tmp_path: Path, warned: list[str]) -
     assert noticed > 0.7 * len(content) / 7
 
 
-def test_cache_folder_that_cannot_be_made(make: Make, tmp_path: Path, warned: list[str]) -> None:
+def test_cache_folder_that_cannot_be_made(tmp_path: Path, warned: list[str]) -> None:
     (tmp_path / "file").write_text("")
-    dataset = data.load(make(cache_dir=str(tmp_path / "file" / "cache"), image_size=8))
+    dataset = data.load(DataConfig(image_size=8), str(tmp_path / "file" / "cache"))
     assert len(dataset.train) == 1438
     assert len(warned) == 1
     assert warned[0].startswith(f"decoded images are not cached in {tmp_path / 'file' / 'cache'}:")
@@ -588,7 +629,7 @@ def test_full_disk_while_caching(tmp_path: Path) -> None:
     script = (
         "import resource, sys; from cnn_jax import data; from cnn_jax.config import DataConfig;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
-        "print(len(data.load(DataConfig(image_size=8, cache_dir=sys.argv[1])).train))"
+        "print(len(data.load(DataConfig(image_size=8), sys.argv[1]).train))"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "cache")]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -607,7 +648,7 @@ def test_cache_folder_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list((tmp_path / "home" / ".cache" / "cnn_jax").glob("digits-*.npz"))) == 1
 
 
-def test_folder_without_parts(make: Make, tmp_path: Path, warned: list[str]) -> None:
+def test_folder_without_parts(load: Load, tmp_path: Path, warned: list[str]) -> None:
     photos = tmp_path / "photos"
     write_photos(photos, {"zebra": 10, "ape": 5}, size=(16, 16))
     (photos / "ape" / ".hidden.png").write_bytes(b"")
@@ -615,65 +656,63 @@ def test_folder_without_parts(make: Make, tmp_path: Path, warned: list[str]) -> 
     (photos / ".git").mkdir()
     (photos / "ape" / ".thumbnails").mkdir()
     Image.fromarray(noise(9, 9, 3)).save(photos / "ape" / ".thumbnails" / "000.png")
-    config = make(name="folder", dir=str(photos), image_size=16)
-    dataset = data.load(config)
+    dataset = load(name="folder", dir=str(photos), image_size=16)
     assert dataset.source == f"folder {photos}"
     assert dataset.class_names == ("ape", "zebra")
     assert dataset.counts == {"train": 12, "validation": 0, "test": 3}
     assert np.bincount(dataset.test.labels).tolist() == [1, 2]
     assert dataset.skipped == ()
     assert warned == []
-    written = [noise(16, 16, 3, seed=hash_of("zebra") + i).tobytes() for i in range(10)]
+    written = [noise(16, 16, 3, seed=seed_of("zebra") + i).tobytes() for i in range(10)]
     zebras = [*rows(dataset.train.take(dataset.train.labels == 1))]
     assert len(zebras) == 8
     assert zebras == [row for row in written if row in set(zebras)]
 
 
 @pytest.mark.parametrize("validation", ["val", "validation"])
-def test_folder_with_parts(make: Make, tmp_path: Path, validation: str) -> None:
+def test_folder_with_parts(load: Load, tmp_path: Path, validation: str) -> None:
     for part, counts in (("train", (4, 5)), ("test", (2, 3)), (validation, (1, 2))):
         write_photos(tmp_path / "photos" / part, dict(zip(("a", "b"), counts, strict=True)))
-    config = make(name="folder", dir=str(tmp_path / "photos"), image_size=8)
-    dataset = data.load(config)
+    dataset = load(name="folder", dir=str(tmp_path / "photos"), image_size=8)
     assert dataset.counts == {"train": 9, "validation": 3, "test": 5}
     assert dataset.validation is not None
     assert dataset.validation.labels.tolist() == [0, 1, 1]
-    own = data.load(make(name="folder", dir=str(tmp_path / "photos"), image_size=8, validation=0.3))
+    own = load(name="folder", dir=str(tmp_path / "photos"), image_size=8, validation=0.3)
     assert own.sha256 == dataset.sha256
 
 
-def test_class_may_be_called_train(make: Make, tmp_path: Path) -> None:
+def test_class_may_be_called_train(load: Load, tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", {"train": 3, "bus": 3})
-    dataset = data.load(make(name="folder", dir=str(tmp_path / "photos"), image_size=8))
+    dataset = load(name="folder", dir=str(tmp_path / "photos"), image_size=8)
     assert dataset.class_names == ("bus", "train")
 
 
-def test_folder_cache(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_cache(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = tmp_path / "photos"
     write_photos(photos, {"a": 3, "b": 3})
     (photos / "a" / "empty.png").write_bytes(b"")
-    config = make(name="folder", dir=str(photos), image_size=8)
-    first = data.load(config)
+    config = dict(name="folder", dir=str(photos), image_size=8)
+    first = load(**config)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode_folder", lambda *args: pytest.fail("decoded again"))
-        second = data.load(config)
+        patch.setattr(data.photo_folder, "_decode", lambda *args: pytest.fail("decoded again"))
+        second = load(**config)
         assert (second.sha256, second.skipped) == (first.sha256, first.skipped)
         assert second.test.files == first.test.files != ()
         os.utime(photos / "b" / "001.png", (1, 1))
         with pytest.raises(pytest.fail.Exception):
-            data.load(config)
+            load(**config)
     (photos / "b" / "001.png").unlink()
-    assert len(data.load(config).train) + len(data.load(config).test) == 5
+    assert len(load(**config).train) + len(load(**config).test) == 5
 
 
-def test_a_folder_s_images_know_their_files(make: Make, tmp_path: Path) -> None:
+def test_a_folder_s_images_know_their_files(load: Load, tmp_path: Path) -> None:
     """Through the cache, the choice of classes, the split and a file that is passed over."""
     photos = tmp_path / "photos"
     write_photos(photos, {"a": 4, "b": 5, "c": 3})
     (photos / "b" / "000.png").write_bytes(b"broken")
-    config = make(name="folder", dir=str(photos), image_size=8, classes=("b", "c"))
+    config = dict(name="folder", dir=str(photos), image_size=8, classes=("b", "c"))
     for _ in range(2):
-        dataset = data.load(config)
+        dataset = load(**config)
         for split in dataset.parts.values():
             assert len(split.files) == len(split)
             for image, label, file in zip(split.images, split.labels, split.files, strict=True):
@@ -684,7 +723,7 @@ def test_a_folder_s_images_know_their_files(make: Make, tmp_path: Path) -> None:
 
 
 def test_folder_skips_what_cannot_be_read(
-    make: Make, tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+    load: Load, tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos, outside = tmp_path / "photos", tmp_path / "outside"
     write_photos(photos, {"a": 3, "b": 2})
@@ -704,7 +743,7 @@ def test_folder_skips_what_cannot_be_read(
     (photos / "linked").symlink_to(outside / "c")
     os.mkfifo(a / "pipe.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # Twice as many is an error already.
-    dataset = data.load(make(name="folder", dir=str(photos), image_size=8))
+    dataset = load(name="folder", dir=str(photos), image_size=8)
     assert dataset.class_names == ("a", "b")
     assert len(dataset.train) + len(dataset.test) == 6  # With the link that stays inside.
     reasons = dict(line.split(": ", 1) for line in dataset.skipped)
@@ -730,32 +769,149 @@ def test_folder_skips_what_cannot_be_read(
     assert warned[0].startswith(f"folder {photos}: 12 files skipped, the first: a/bomb.png: ")
 
 
-def test_folder_refusals(make: Make, tmp_path: Path) -> None:
-    def load(case: str) -> str:
-        return refusal(make(name="folder", dir=str(tmp_path / case), image_size=8)).replace(
+def test_folder_refusals(refusal: Refusal, tmp_path: Path) -> None:
+    def message(case: str) -> str:
+        return refusal(name="folder", dir=str(tmp_path / case), image_size=8).replace(
             str(tmp_path), "TMP"
         )
 
-    assert refusal(make(name="folder")) == (
-        "data.name=folder needs --set=data.dir=PHOTOS, one subfolder a class"
+    assert refusal(name="folder") == (
+        "data.name=folder needs --data.dir=PHOTOS, one subfolder a class"
     )
-    assert load("none") == "data.dir=TMP/none is not a folder"
+    assert message("none") == "data.dir=TMP/none is not a folder"
     write_photos(tmp_path / "one", {"a": 2})
-    assert load("one") == "TMP/one needs two subfolders of images or more, one a class"
+    assert message("one") == "TMP/one needs two subfolders of images or more, one a class"
     write_photos(tmp_path / "void", {"a": 2, "b": 0})
-    assert load("void") == "TMP/void: class b of train has no readable image"
+    assert message("void") == "TMP/void: class b of train has no readable image"
     write_photos(tmp_path / "bad", {"a": 2, "b": 1})
     (tmp_path / "bad" / "b" / "000.png").write_bytes(b"")
-    assert load("bad") == "TMP/bad: class b of train has no readable image"
+    assert message("bad") == "TMP/bad: class b of train has no readable image"
     write_photos(tmp_path / "odd" / "train", {"a": 2, "b": 2, "c": 2})
     write_photos(tmp_path / "odd" / "test", {"a": 2, "b": 2, "d": 2})
-    assert load("odd") == "TMP/odd: train and test differ in classes: c, d"
+    assert message("odd") == "TMP/odd: train and test differ in classes: c, d"
     write_photos(tmp_path / "both" / "train", {"a": 2, "b": 2})
     write_photos(tmp_path / "both" / "val", {"a": 2, "b": 2})
     write_photos(tmp_path / "both" / "validation", {"a": 2, "b": 2})
-    assert load("both") == "TMP/both has both validation/ and val/; keep one"
+    assert message("both") == "TMP/both has both validation/ and val/; keep one"
     write_photos(tmp_path / "few", {"a": 2, "b": 1})
-    assert load("few") == "class b has 1 training image(s): too few for a test part"
+    assert message("few") == "class b has 1 training image(s): too few for a test part"
+
+
+OWN = """
+import numpy as np
+
+OWN_CLASSES = ["square", "circle"]
+
+def shapes(config):
+    n, size = 40, config.image_size
+    images = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+    return {"class_names": ["square", "circle"], "train": (images, np.arange(n) % 2)}
+
+def with_parts(config):
+    whole = shapes(config)
+    images, labels = whole["train"]
+    parts = {"train": slice(20), "validation": slice(20, 30), "test": slice(30, 40)}
+    return whole | {part: (images[s], labels[s]) for part, s in parts.items()}
+
+def returns_none(config):
+    return None
+
+def misspelt(config):
+    return shapes(config) | {"tset": ()}
+
+def no_pair(config):
+    return shapes(config) | {"test": shapes(config)["train"][0]}
+
+def triple(config):
+    images, labels = shapes(config)["train"]
+    return {"class_names": ["a", "b"], "train": (images, labels, labels)}
+
+def gray(config):
+    images, labels = shapes(config)["train"]
+    return {"class_names": ["a", "b"], "train": (images[..., 0], labels)}
+
+def large_label(config):
+    return {"class_names": ["a", "b"], "train": (shapes(config)["train"][0], [2**32] * 40)}
+
+def half_label(config):
+    return {"class_names": ["a", "b"], "train": (shapes(config)["train"][0], [0.5] * 40)}
+
+def three(config):
+    return {"class_names": ["a", "b"], "train": (shapes(config)["train"][0], np.arange(40) % 3)}
+
+def unreadable(config):
+    open("/no/such/file")
+
+def faulty(config):
+    return {}["images"]
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """A file of the user's."""
+    (tmp_path / "own.py").write_text(OWN)
+    return str(tmp_path / "own.py")
+
+
+def test_a_function_of_the_user_s(load: Load, own: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"name": f"{own}:shapes", "image_size": 12}
+    dataset = load(**values, validation=0.25)
+    assert dataset.name == dataset.source == f"{own}:shapes"
+    assert dataset.class_names == ("square", "circle")
+    assert dataset.image_shape == (12, 12, 3)
+    assert dataset.counts == {"train": 24, "validation": 8, "test": 8}
+    assert dataset.train.labels.dtype == np.int32
+    images = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3), np.uint8)
+    kept = {image.tobytes(): i % 2 for i, image in enumerate(images)}
+    for split in dataset.parts.values():
+        assert [kept[row] for row in rows(split)] == split.labels.tolist()
+    assert load(**values, classes=("circle", "square")).class_names == ("circle", "square")
+    assert data.describe(DataConfig(**values)) == ((12, 12, 3), 2)
+    # What the function reads may change, so nothing is cached.
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_function_with_parts_of_its_own(load: Load, own: str) -> None:
+    dataset = load(name=f"{own}:with_parts", validation=0.5)
+    assert dataset.counts == {"train": 20, "validation": 10, "test": 10}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            "returns_none",
+            "OWN must return a dict with the keys class_names and train, and optionally validation "
+            "and test",
+        ),
+        ("OWN_CLASSES", "data.name=OWN is not a function"),
+        ("misspelt", "OWN returned an unknown key tset (did you mean test?)"),
+        ("no_pair", "OWN, test: not a pair (images, labels)"),
+        ("triple", "OWN, train: not a pair (images, labels)"),
+        (
+            "gray",
+            "OWN, train: images must be uint8 [n, height, width, 3], not uint8 [40, 32, 32]",
+        ),
+        ("large_label", "OWN, train: labels must be in [0, 2), not -1 to -1"),
+        ("half_label", "OWN, train: labels must be int32 [n], not float64 [40]"),
+        ("three", "OWN, train: labels must be in [0, 2), not 0 to 2"),
+        (
+            "unreadable",
+            "data.name=OWN can't be read: [Errno 2] No such file or directory: '/no/such/file'",
+        ),
+    ],
+)
+def test_what_a_function_returns_is_checked(
+    refusal: Refusal, own: str, function: str, message: str
+) -> None:
+    name = f"{own}:{function}"
+    assert refusal(name=name).replace(name, "OWN") == message
+
+
+def test_a_fault_in_a_function_keeps_its_traceback(load: Load, own: str) -> None:
+    with pytest.raises(KeyError):
+        load(name=f"{own}:faulty")
 
 
 @pytest.fixture(scope="module")
@@ -764,18 +920,18 @@ def cifar10_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not root or not (Path(root) / "cifar10").is_dir():
         pytest.skip("TFDS_DATA_DIR names no data_dir with cifar10")
     cache = str(tmp_path_factory.mktemp("cifar10"))
-    data.load(DataConfig(name="cifar10", cache_dir=cache))
+    data.load(DataConfig(name="cifar10"), cache)
     return cache
 
 
 def test_cifar10(cifar10_cache: str) -> None:
-    config, seconds = DataConfig(name="cifar10", cache_dir=cifar10_cache), []
+    config, seconds = DataConfig(name="cifar10"), []
     for _ in range(3):  # The best of three, as other work on the machine only ever adds time.
         start = time.monotonic()
-        data.load(config)
+        data.load(config, cifar10_cache)
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 1
-    dataset = data.load(config)
+    dataset = data.load(config, cifar10_cache)
     assert dataset.counts == {"train": 50_000, "validation": 0, "test": 10_000}
     assert dataset.train.images.shape == (50_000, 32, 32, 3)
     assert np.bincount(dataset.train.labels).tolist() == [5000] * 10
@@ -790,10 +946,10 @@ def test_cifar10(cifar10_cache: str) -> None:
 
 
 def test_cifar10_pixels_of_the_jpeg_copy(cifar10_cache: str) -> None:
-    dataset = data.load(DataConfig(name="cifar10", cache_dir=cifar10_cache, validation=0.1))
+    dataset = data.load(DataConfig(name="cifar10", validation=0.1), cifar10_cache)
     assert dataset.counts == {"train": 45_000, "validation": 5000, "test": 10_000}
     assert dataset.test.labels[:5].tolist() == [4, 9, 7, 3, 2]
-    whole = data.load(DataConfig(name="cifar10", cache_dir=cifar10_cache))
+    whole = data.load(DataConfig(name="cifar10"), cifar10_cache)
     if whole.train.images[0, 0, 0].tolist() != [102, 98, 115]:
         pytest.skip("this is not the JPEG copy of CIFAR-10")
     assert whole.train.images[0, 0, 1].tolist() == [107, 104, 121]
@@ -803,10 +959,10 @@ def test_cifar10_pixels_of_the_jpeg_copy(cifar10_cache: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
-def test_describe_needs_no_images_of_a_known_set(make: Make, name: str) -> None:
-    config = make(name=name, dir="/nowhere")
+def test_describe_needs_no_images_of_a_known_set(name: str) -> None:
+    config = DataConfig(name=name, dir="/nowhere")
     assert data.describe(config) == ((32, 32, 3), 10)
 
 
-def test_describe_counts_the_chosen_classes(make: Make) -> None:
-    assert data.describe(make(name="mnist", classes=("3", "5")))[1] == 2
+def test_describe_counts_the_chosen_classes() -> None:
+    assert data.describe(DataConfig(name="mnist", classes=("3", "5")))[1] == 2

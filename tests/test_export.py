@@ -1,4 +1,4 @@
-"""The exported predictor, run by a process that has JAX and not this project."""
+"""The exported network, run by a process that has JAX and not this project."""
 
 import json
 import os
@@ -6,14 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
-from test_main import SMALL, command
+from helpers.cli import SMALL, finish
+from helpers.data import noise
+from helpers.predictors import random_predictor
 
-from cnn_jax import evaluate, export, layers, models
+from cnn_jax import fields
+from cnn_jax.config import Config, ModelConfig
+from cnn_jax.runs.outcome import load_predictor
+from cnn_jax.tools import export
 
+VGG16 = ModelConfig(
+    name="vgg16", blocks=((4, 4), (4, 4), *((16, 16, 16),) * 3), dense=(8, 8), dropout=0.5
+)
 ALONE = """
 import json, sys
 import jax, jax.export
@@ -29,14 +35,12 @@ print(json.dumps([list(loaded.platforms), ours]))
 """
 
 
-def test_the_predictor_runs_without_the_project(tmp_path: Path):
-    """Wide enough for what a CPU computes in its own way inside the project."""
-    small = (*SMALL, "--set=model.blocks=[[16,16]]", "--set=data.mean=0.5,0.4,0.3")
-    small = (*small, "--set=augment.test_time=mirror_translate")
-    assert command(*small, "--workdir=run", cwd=tmp_path).returncode == 0
-    result = command("--mode=export", "--workdir=run", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3)).astype(np.uint8)
+def test_an_exported_network_runs_without_the_project(tmp_path: Path):
+    """Wide enough for the CPU kernels, which can't be exported for any batch size."""
+    small = (*SMALL, "--model.blocks=[[16,16]]", "--data.normalize=[[0.5,0.4,0.3],[1,1,1]]")
+    finish(*small, "--augment.test_time=mirror_translate", "--workdir=run", cwd=tmp_path)
+    finish("--mode=export", "--workdir=run", cwd=tmp_path)
+    images = noise(7, 8, 8, 3)
     np.save(tmp_path / "images.npy", images)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     alone = subprocess.run(
@@ -45,31 +49,20 @@ def test_the_predictor_runs_without_the_project(tmp_path: Path):
     assert alone.returncode == 0, alone.stderr
     assert json.loads(alone.stdout) == [["cpu", "cuda"], []]
     found = np.load(tmp_path / "found.npy")
-    from cnn_jax import config, runs
-
-    trained = runs.load_trained(tmp_path / "run", config.load(tmp_path / "run/config.json"))
-    settings = {"mean": (0.5, 0.4, 0.3), "std": (1.0, 1.0, 1.0), "test_time": "mirror_translate"}
-    logits = evaluate.logits(trained.model, trained.variables, images, **settings)
-    np.testing.assert_allclose(found, evaluate.softmax(logits), atol=1e-5)
+    predictor = load_predictor(tmp_path / "run", fields.load(tmp_path / "run/config.json"))
+    np.testing.assert_allclose(found, predictor.probabilities(images), atol=1e-5)
     about = json.loads((tmp_path / "run/export/predictor.json").read_text())
     assert about["class_names"] == list("0123456789")
     assert about["input"] == ["uint8", ["n", 8, 8, 3]]
 
 
-def test_vgg16_is_exported_for_both_platforms():
-    model = models.VGG16(n_classes=3, blocks=((4,), (16, 16)), dense=(8,), dropout=0.5)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    unit = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "test_time": "none"}
-    loaded = jax.export.deserialize(
-        bytearray(export.predictor(model, variables, (32, 32, 3), **unit))
-    )
-    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
-    expected = evaluate.softmax(evaluate.logits(model, variables, images, **unit))
-    np.testing.assert_allclose(loaded.call(images), expected, atol=1e-5)
-    assert loaded.platforms == ("cpu", "cuda")
-
-
-def test_portable_ends_with_its_block():
-    with layers.portable():
-        assert not layers.on_cpu()
-    assert layers.on_cpu() == (jax.default_backend() == "cpu")
+def test_vgg16_and_residual_networks_are_exported_for_both_platforms():
+    for model in (
+        VGG16,
+        ModelConfig(name="resnet_small", blocks=((4, 4), (8,)), dense=()),
+    ):
+        predictor = random_predictor(Config(model=model), image_shape=(32, 32, 3))
+        loaded = jax.export.deserialize(bytearray(export.serialize(predictor)))
+        images = noise(2, 32, 32, 3)
+        np.testing.assert_allclose(loaded.call(images), predictor.probabilities(images), atol=1e-5)
+        assert loaded.platforms == ("cpu", "cuda")

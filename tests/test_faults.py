@@ -1,6 +1,5 @@
 """Nothing lost, nothing silently wrong: kills, full disks, damage, and input of strangers."""
 
-import contextlib
 import json
 import os
 import random
@@ -11,30 +10,30 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from helpers.checkpoints import empty, everything, largest_file
+from helpers.cli import SMALL, SMALL_STEPS, command, finish, refuse, start
+from helpers.disks import fill, mounted
+from helpers.results import line, result
+from helpers.training import edit, fit, initial, quiet
 from PIL import Image
-from processes import finish, refuse, start
-from test_checkpoint import empty, everything, largest_file
-from test_main import SMALL, command
-from test_reproducibility import STEPS, result
-from test_run_log import line
-from test_train import edit, quiet
 
-from cnn_jax import checkpoint, data, loop, photos, runs
-from cnn_jax.checkpoint import CheckpointError, Checkpoints
+from cnn_jax import data
 from cnn_jax.config import Config
-from cnn_jax.data import ImageDataset, Split
+from cnn_jax.data import ImageDataset, Split, photos
 from cnn_jax.errors import UserError
+from cnn_jax.runs import checkpoint
+from cnn_jax.runs.checkpoint import CheckpointError, Checkpoints
+from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runs.outcome import write_json
 
-RUN = (*SMALL, "--set=train.segment_steps=1", "--set=train.checkpoint_seconds=0", "--workdir=run")
-KILLS = 20
-INSIDE_A_SAVE = 5
+RUN = (*SMALL, "--runtime.segment_steps=1", "--runtime.checkpoint_seconds=0", "--workdir=run")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a run that nothing disturbed."""
     cwd = tmp_path_factory.mktemp("whole")
     finish(*RUN, cwd=cwd)
-    assert len(result(cwd / "run")[1]) == STEPS
+    assert len(result(cwd / "run")[1]) == SMALL_STEPS
     return cwd / "run"
 
 
@@ -83,11 +82,14 @@ def assert_whole_checkpoint(workdir: Path) -> None:
 
 def assert_same(workdir: Path, whole: Path) -> None:
     assert result(workdir) == result(whole)
-    assert [line["step"] for line in result(workdir)[1]] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in result(workdir)[1]] == list(range(1, SMALL_STEPS + 1))
     assert leftovers(workdir) == []
 
 
-def test_twenty_kills_change_no_bit(whole: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("wanted", "wanted_inside"), [(5, 2), pytest.param(20, 5, marks=pytest.mark.slow)]
+)
+def test_kills_change_no_bit(whole: Path, tmp_path: Path, wanted: int, wanted_inside: int):
     """kill -9 at random moments of a run's life, every third as soon as a save has begun.
 
     A kill counts as one inside a save if the save's temporary folder is still there after it. What
@@ -95,7 +97,7 @@ def test_twenty_kills_change_no_bit(whole: Path, tmp_path: Path):
     """
     moments = random.Random(0)
     kills = inside = ended = 0
-    while kills < KILLS or inside < INSIDE_A_SAVE:
+    while kills < wanted or inside < wanted_inside:
         cwd = tmp_path / str(ended)
         cwd.mkdir(exist_ok=True)
         workdir = cwd / "run"
@@ -122,16 +124,16 @@ def test_a_kill_while_the_config_is_written_leaves_a_workdir_that_starts(tmp_pat
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").touch()
     (tmp_path / "run/config.tmp").write_text('{"na')
-    finish(*RUN, "--set=train.epochs=0", cwd=tmp_path)
+    finish(*RUN, "--train.epochs=0", cwd=tmp_path)
     assert leftovers(tmp_path / "run") == []
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path):
     """Also from a segment of many seconds, in which the main thread runs no Python."""
     started = start(
-        "--set=model.blocks=[[64,64]]",
-        "--set=train.batch_size=512",
-        "--set=train.epochs=99",
+        "--model.blocks=[[64,64]]",
+        "--train.batch_size=512",
+        "--train.epochs=99",
         "--workdir=run",
         cwd=tmp_path,
     )
@@ -153,28 +155,6 @@ def test_the_second_process_on_a_workdir_is_refused(whole: Path, tmp_path: Path)
     assert said == f"workdir {tmp_path}/run is in use by another process"
     assert first.end() == 0
     assert_same(tmp_path / "run", whole)
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, *options: str) -> Iterator[Path]:
-    """Mounts a file system in memory; skips the test where that is not allowed."""
-    folder.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no file system of a test's own can be mounted here: {error}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder: Path, left: int) -> None:
-    """Fills a file system until `left` bytes are free."""
-    (folder / "filling").unlink(missing_ok=True)
-    status = os.statvfs(folder)
-    (folder / "filling").write_bytes(bytes(status.f_bavail * status.f_frsize - left))
 
 
 @pytest.mark.parametrize("left", [0, 8192, 65536])
@@ -206,7 +186,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
 def test_a_disk_that_fills_up_inside_a_save_leaves_the_one_before(tmp_path: Path, monkeypatch):
     """With the space not looked at beforehand, as if another process had taken it since."""
     state = {str(i): np.random.default_rng(i).random(2000) for i in range(8)}
-    with mounted(tmp_path / "disk", "size=2m") as disk, Checkpoints(disk, "latest", 2) as store:
+    with (
+        mounted(tmp_path / "disk", "size=2m") as disk,
+        Checkpoints(disk, "latest", writable=True) as store,
+    ):
         store.save(1, state, {})
         monkeypatch.setattr(checkpoint, "_check_space", lambda *_: None)
         for left in (0, 4096, 20_000, 80_000):
@@ -230,11 +213,11 @@ def test_a_disk_that_fills_up_while_a_run_is_told_of_is_one_line(
         workdir = disk / "run"
 
         def tell() -> None:
-            with runs.claim(workdir, tiny):
-                runs.write_json(workdir / "summary.json", {"steps": 1})
+            with RunFolder(workdir, quiet).claim(tiny):
+                write_json(workdir / "summary.json", {"steps": 1})
                 if written == "summary":
                     fill(disk, 0)
-                    runs.write_json(workdir / "summary.json", {"steps": 2})
+                    write_json(workdir / "summary.json", {"steps": 2})
                 log = quiet(workdir)
                 with log.running(0, 10**6, 10**6):
                     fill(disk, 0)
@@ -257,7 +240,7 @@ def test_a_read_only_workdir_is_one_line(whole: Path, tmp_path: Path):
             said = refuse(*RUN[:-1], f"--workdir={workdir}", cwd=tmp_path)
             assert said == f"workdir {workdir} can't be written: Read-only file system"
         evaluated = finish("--mode=evaluate", f"--workdir={disk}/run", cwd=tmp_path)
-        assert f"step {STEPS}: test accuracy" in evaluated.stdout
+        assert f"step {SMALL_STEPS}: test accuracy" in evaluated.stdout
 
 
 def stopped_run(cwd: Path) -> Path:
@@ -294,7 +277,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(
     assert f"{damaged} is damaged" in said
     rerun = finish(*RUN, cwd=tmp_path)
     assert f"warning: {damaged} is damaged" in rerun.stdout
-    assert f"resuming after step {int(damaged.name) - 1} of {STEPS}" in rerun.stdout
+    assert f"resuming after step {int(damaged.name) - 1} of {SMALL_STEPS}" in rerun.stdout
     assert_same(workdir, whole)
 
 
@@ -321,7 +304,9 @@ def test_foreign_files_among_the_checkpoints_are_left_alone(whole: Path, tmp_pat
     assert_same(workdir, whole)
     assert (latest / "README").read_text() == "mine"
     assert (latest / "notes").is_dir()
-    assert f"step {STEPS}: " in finish("--mode=evaluate", "--workdir=run", cwd=tmp_path).stdout
+    assert (
+        f"step {SMALL_STEPS}: " in finish("--mode=evaluate", "--workdir=run", cwd=tmp_path).stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -342,22 +327,21 @@ def test_a_checkpoint_of_another_optimizer_or_network_is_not_gone_on_from(
     needed: str,
 ):
     """Even with a config.json that was exchanged by hand; the message names both sides."""
-    loop.fit(loop.Trainer(tiny, dataset), workdir, quiet(workdir))
+    fit(tiny, dataset, workdir)
     other = edit(tiny, **{section: values})
     with pytest.raises(UserError, match="another network or optimizer") as refused:
-        loop.fit(loop.Trainer(other, dataset), workdir, quiet(workdir))
+        fit(other, dataset, workdir)
     holds, needs = str(refused.value).split("this config needs")
     assert held in holds
     assert needed in needs
 
 
 def test_a_float16_checkpoint_is_not_cast(tiny: Config, dataset: ImageDataset, workdir: Path):
-    trainer = loop.Trainer(tiny, dataset)
-    half = jax.tree.map(lambda x: x.astype("float16") if x.ndim else x, trainer.init())
-    with Checkpoints(workdir, "latest", 2) as store:
+    half = jax.tree.map(lambda x: x.astype("float16") if x.ndim else x, initial(tiny, dataset))
+    with Checkpoints(workdir, "latest", writable=True) as store:
         store.save(3, half, {})
     with pytest.raises(UserError, match=r"holds .* float16.* needs .* float32"):
-        loop.fit(trainer, workdir, quiet(workdir))
+        fit(tiny, dataset, workdir)
 
 
 @pytest.mark.parametrize(
@@ -396,11 +380,11 @@ def test_odd_names_are_read_and_shown_harmlessly(tmp_path: Path, monkeypatch):
         with open(folder + b"/bro\nken\xff.png", "wb"):
             pass
     folder_of_photos = (
-        "--set=data.name=folder",
-        f"--set=data.dir={tmp_path}/photos",
-        "--set=data.images_per_class=0",
+        "--data.name=folder",
+        f"--data.dir={tmp_path}/photos",
+        "--data.images_per_class=0",
     )
-    trained = command(*RUN, *folder_of_photos, "--set=train.epochs=1", cwd=tmp_path)
+    trained = command(*RUN, *folder_of_photos, "--train.epochs=1", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "2 files skipped, the first: odd \\udcff\\n[red]/bro\\nken\\udcff.png" in trained.stderr
     assert "12 train, 2 test images" in trained.stdout
@@ -429,7 +413,7 @@ def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path):
 
 BOMB = """
 import resource, sys
-from cnn_jax import photos
+from cnn_jax.data import photos
 from cnn_jax.errors import UserError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

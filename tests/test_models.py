@@ -1,8 +1,11 @@
-"""The networks: parameter counts of the chapter, layer names, and what each field changes."""
+"""The networks: parameter counts of the chapter, layer names, and the effect of each field."""
 
 import functools
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +14,15 @@ import pytest
 from cnn_jax import configs, models, trees
 from cnn_jax.config import ModelConfig
 from cnn_jax.errors import UserError
+from cnn_jax.models import initializers, inspection
 
 CIFAR = (32, 32, 3)
 SMALL = ModelConfig(name="vgg", blocks=((4, 4), (8,)), dense=(16, 12))
 IMAGES = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
 
 
-def rows(config: ModelConfig, shape: tuple[int, int, int] = CIFAR) -> list[models.LayerSummary]:
-    return models.summarize(models.build(config, 10), shape)
+def rows(config: ModelConfig, shape: tuple[int, int, int] = CIFAR) -> list[inspection.LayerSummary]:
+    return inspection.summarize(models.build(config, 10), shape)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,7 @@ def test_parameter_counts_of_the_chapter(name: str, count: int):
     images = jnp.zeros((1, *CIFAR))
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     assert trees.param_count(params) == count
-    assert sum(row.params for row in models.summarize(model, CIFAR)) == count
+    assert sum(row.params for row in inspection.summarize(model, CIFAR)) == count
 
 
 def test_layers_of_simple_cnn():
@@ -64,9 +68,9 @@ def test_layers_of_vgg_dropout():
         ("block3/conv3", (8, 8, 256)),
         ("block3/pool", (4, 4, 256)),
         ("fc1", (4096,)),
-        ("dropout1", (4096,)),
+        ("fc1/dropout", (4096,)),
         ("fc2", (4096,)),
-        ("dropout2", (4096,)),
+        ("fc2/dropout", (4096,)),
         ("head", (10,)),
     ]
 
@@ -99,7 +103,7 @@ def test_kernels_start_glorot_uniform_and_biases_at_zero():
     ],
 )
 def test_the_initializer_sets_the_width_of_every_kernel(name: str, limit: float):
-    kernel = models.INITIALIZERS[name](jax.random.key(0), (3, 3, 3, 5))
+    kernel = initializers.INITIALIZERS[name](jax.random.key(0), (3, 3, 3, 5))
     assert 0.95 * limit < np.abs(kernel).max() <= limit
     config = ModelConfig(name="vgg", blocks=((4,),), dense=(6,), initializer=name)  # pyright: ignore
     params = models.build(config, 10).init(jax.random.key(0), IMAGES)["params"]
@@ -118,7 +122,7 @@ def test_a_block_ends_as_pooling_says(name: str):
     prefix = "block1/" if name == "vgg" else ""
     found = {}
     for pooling in ("max", "average", "stride"):
-        made = models.summarize(models.build(replace(config, pooling=pooling), 10), (8, 8, 3))
+        made = inspection.summarize(models.build(replace(config, pooling=pooling), 10), (8, 8, 3))
         found[pooling] = [(r.name.removeprefix(prefix), r.output_shape, r.params) for r in made]
     assert (
         found["max"]
@@ -141,16 +145,16 @@ def test_average_pooling_averages_what_max_pooling_takes_the_largest_of():
     config = ModelConfig(name="simple_cnn", blocks=((4,),), dense=())
     largest, mean = (models.build(replace(config, pooling=p), 10) for p in ("max", "average"))
     variables = largest.init(jax.random.key(0), IMAGES)
-    maps = np.asarray(models.layer_inputs(largest, variables, IMAGES)["pool"])
+    maps = np.asarray(inspection.outputs(largest, variables, IMAGES, ["conv1"])["conv1"])
     windows = maps.reshape(2, 4, 2, 4, 2, 4)
     for model, pooled in ((largest, windows.max(axis=(2, 4))), (mean, windows.mean(axis=(2, 4)))):
-        found = models.layer_inputs(model, variables, IMAGES)["head"]
-        np.testing.assert_allclose(found, pooled.reshape(2, -1), atol=1e-7)
+        found = inspection.outputs(model, variables, IMAGES, ["pool"])["pool"]
+        np.testing.assert_allclose(found, pooled, atol=1e-7)
 
 
 def test_a_kernel_is_drawn_evenly_and_no_row_twice():
     """More rows than are drawn at once, and not a multiple of them."""
-    kernel = np.asarray(models.glorot_uniform(jax.random.key(0), (3, 100, 40)), np.float64)
+    kernel = np.asarray(initializers.glorot_uniform(jax.random.key(0), (3, 100, 40)), np.float64)
     limit = np.sqrt(6 / (3 * 140))
     rows = kernel.reshape(300, 40)
     assert len(np.unique(rows, axis=0)) == 300
@@ -347,6 +351,204 @@ def test_airbench_equals_the_network_written_out(train: bool):
             moved = 0.6 * old + 0.4 * batch[kind] if train else old
             new = mutated["batch_stats"][group][name][kind]
             np.testing.assert_allclose(new, moved, rtol=1e-5, atol=1e-6)
+
+
+RESNET = ModelConfig(name="resnet_small", blocks=((4, 6), (6, 5)), dense=())
+
+
+def resnet_by_hand(variables: dict, train: bool) -> np.ndarray:
+    """RESNET written out."""
+
+    def convolve(x, kernel, stride=1):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        strides = (stride, stride)
+        return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=numbers)
+
+    def norm(x, params, stats):
+        x = np.asarray(x, np.float64)
+        if train:
+            stats = {"mean": x.mean((0, 1, 2)), "var": x.var((0, 1, 2))}
+        scale, bias, mean, var = (
+            np.reshape(v, (1, 1, 1, -1))
+            for v in (params["scale"], params["bias"], stats["mean"], stats["var"])
+        )
+        return ((x - mean) / np.sqrt(var + 1e-5) * scale + bias).astype(np.float32)
+
+    def block(x, params, stats, stride):
+        y = norm(convolve(x, params["conv1"]["kernel"], stride), params["norm1"], stats["norm1"])
+        y = convolve(np.maximum(y, 0), params["conv2"]["kernel"])
+        y = norm(y, params["norm2"], stats["norm2"])
+        if "shortcut" in params:
+            x = convolve(x, params["shortcut"]["kernel"], stride)
+            x = norm(x, params["shortcut_norm"], stats["shortcut_norm"])
+        return np.maximum(x + y, 0)
+
+    params, stats = variables["params"], variables["batch_stats"]
+    x = norm(convolve(IMAGES, params["stem"]["kernel"]), params["stem_norm"], stats["stem_norm"])
+    x = np.maximum(x, 0)
+    for stage, name, stride in (
+        ("stage1", "block1", 1),
+        ("stage1", "block2", 1),
+        ("stage2", "block1", 2),
+        ("stage2", "block2", 1),
+    ):
+        x = block(x, params[stage][name], stats[stage][name], stride)
+    head = params["head"]
+    return x.mean((1, 2)) @ np.asarray(head["kernel"]) + np.reshape(head["bias"], (1, -1))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_resnet_equals_the_network_written_out(train: bool):
+    model = models.build(RESNET, 10)
+    variables = jax.tree.map(
+        lambda x: x + 0.1 * np.random.default_rng(x.size).random(x.shape, np.float32),
+        jax.jit(model.init)(jax.random.key(0), IMAGES),
+    )
+    apply = jax.jit(lambda v: model.apply(v, IMAGES, train=train, mutable=["batch_stats"]))
+    found, mutated = apply(variables)
+    np.testing.assert_allclose(found, resnet_by_hand(variables, train), rtol=1e-4, atol=1e-4)
+    for name, old in trees.named_leaves(variables["batch_stats"]).items():
+        moved = not np.array_equal(trees.named_leaves(mutated["batch_stats"])[name], old)
+        assert moved == train, name
+
+
+def test_parameters_of_resnet_are_a_contract_with_checkpoints():
+    """A block has a shortcut where its input has another shape: here in three of four."""
+    model = models.build(RESNET, 10)
+    params = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
+    found = {name: leaf.shape for name, leaf in trees.named_leaves(params).items()}
+    expected = {"stem/kernel": (3, 3, 3, 4), "head/kernel": (5, 10), "head/bias": (10,)}
+    norms = {"stem_norm": 4}
+    for block, n_in, n_out in (
+        ("stage1/block1", 4, 4),
+        ("stage1/block2", 4, 6),
+        ("stage2/block1", 6, 6),
+        ("stage2/block2", 6, 5),
+    ):
+        expected[f"{block}/conv1/kernel"] = (3, 3, n_in, n_out)
+        expected[f"{block}/conv2/kernel"] = (3, 3, n_out, n_out)
+        norms |= {f"{block}/norm1": n_out, f"{block}/norm2": n_out}
+        if block != "stage1/block1":
+            expected[f"{block}/shortcut/kernel"] = (1, 1, n_in, n_out)
+            norms[f"{block}/shortcut_norm"] = n_out
+    for name, n in norms.items():
+        expected |= {f"{name}/scale": (n,), f"{name}/bias": (n,)}
+    assert found == expected
+
+
+def test_resnet_starts_as_he_et_al_do():
+    model = models.build(replace(RESNET, blocks=((16,), (64,))), 10)
+    params = jax.jit(model.init)(jax.random.key(0), IMAGES)["params"]
+    for name, leaf in trees.named_leaves(params).items():
+        if name.endswith("bias"):
+            assert not np.any(leaf), name
+        elif name.endswith("scale"):
+            assert np.all(leaf == 1), name
+        else:
+            gain = 1 if name == "head/kernel" else 2  # No ReLU follows the head.
+            variance = gain / np.prod(leaf.shape[:-1])
+            assert 0.75 < np.var(leaf) / variance < 1.3, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "simple_cnn", "blocks": ((4,), (4,))}, "simple_cnn has one block; use model.nam"),
+        ({"name": "vgg16", "blocks": ((4,),) * 5, "dense": (8, 8)}, "blocks of 2, 2, 3, 3 and 3 c"),
+        ({"name": "airbench"}, "model.name=airbench has no hidden dense layers; set model.dense="),
+        ({"name": "resnet_small"}, "resnet_small has no hidden dense layers; set model.dense="),
+        ({"name": "resnet_small", "dense": (), "pooling": "average"}, "has its own pooling and in"),
+        ({"name": "airbench", "dense": (), "initializer": "he_uniform"}, "has its own pooling and"),
+    ],
+)
+def test_a_network_refuses_settings_that_do_not_suit_it(changes: dict, message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        models.build(replace(ModelConfig(), **changes), 10)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (ModelConfig(blocks=((4, 4),)), {"conv1", "conv2", "fc1"}),
+        (SMALL, {"block2", "fc1", "fc2"}),
+        (replace(SMALL, dense=()), {"block2"}),
+        (AIRBENCH, {"group2"}),
+        (RESNET, {"stage2"}),
+    ],
+)
+def test_the_last_block_is_the_last_and_the_dense_layers_above(config: ModelConfig, expected: set):
+    model = models.build(config, 10)
+    pattern = models.last_block(model) + "/.*"
+    names = inspection.param_names(model, (14, 14, 3))
+    assert {name.split("/")[0] for name in names if re.fullmatch(pattern, name)} == expected
+
+
+OWN = """
+import flax.linen as nn
+from cnn_jax.config import ModelConfig
+
+class Net(nn.Module):
+    config: ModelConfig
+    n_classes: int
+
+    last_block = "body"
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Conv(self.config.blocks[0][0], (3, 3), name="body")(images)
+        return nn.Dense(self.n_classes, name="head")(x.mean((1, 2)))
+
+def net(config, n_classes):
+    return nn.Dense(n_classes)
+
+def number(config, n_classes):
+    return 3
+
+def lonely(config):
+    return Net(config, 3)
+"""
+
+
+def test_a_network_in_a_file_of_one_s_own(tmp_path: Path):
+    (tmp_path / "own.py").write_text(OWN)
+    config = ModelConfig(name=f"{tmp_path}/own.py:Net", blocks=((7,),))
+    model = models.build(config, 5)
+    assert inspection.param_names(model, (8, 8, 3)) == [
+        "body/bias",
+        "body/kernel",
+        "head/bias",
+        "head/kernel",
+    ]
+    assert [row.output_shape for row in inspection.summarize(model, (8, 8, 3))] == [(8, 8, 7), (5,)]
+    assert models.last_block(model) == "(?:body)"
+    assert model == models.build(config, 5)
+    assert hash(model) == hash(models.build(config, 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("net", ": __call__ must take (images, train): got an unexpected keyword argument 'train'"),
+        ("number", " must return a linen module, not int"),
+        ("lonely", " must take (config, n_classes): too many positional arguments"),
+        ("nte", ": PATH has no nte (did you mean net?)"),
+    ],
+)
+def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path, name: str, message: str):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    with pytest.raises(UserError) as caught:
+        models.build(ModelConfig(name=f"{path}:{name}"), 5)
+    assert str(caught.value).removeprefix("model.name=").removeprefix(f"{path}:{name}") == (
+        message.replace("PATH", str(path))
+    )
+
+
+def test_a_network_without_last_block_says_so_where_it_is_needed():
+    with pytest.raises(
+        UserError, match=r'"{last}" needs the attribute last_block of Conv: a regul'
+    ):
+        models.last_block(nn.Conv(3, (3, 3)))
 
 
 def test_airbench_refuses_images_that_its_pools_would_use_up():

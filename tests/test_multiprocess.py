@@ -1,20 +1,17 @@
 """Two processes on loopback train as one, are stopped, and resume; only the main one writes."""
 
-import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_devices import losses
-from test_main import SMALL, start
+from helpers.cli import SMALL, Command, start
+from helpers.results import losses, summary
 
-RUN = (*SMALL, "--set=model.dropout=0.5", "--set=train.epochs=3", "--workdir=run")
+RUN = (*SMALL, "--model.dropout=0.5", "--train.epochs=3", "--workdir=run")
 
 
 def free_port() -> int:
@@ -23,7 +20,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+def launch(folder: Path, *arguments: str) -> list[Command]:
     """Starts two processes, each in a folder of its own: nothing needs a shared disk."""
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
     shared = (*arguments, "--distributed", coordinator, "--num_processes=2")
@@ -32,30 +29,25 @@ def launch(folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
     return [start(*shared, f"--process_id={i}", cwd=folder / str(i)) for i in range(2)]
 
 
-def wait(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    outputs = [process.communicate(timeout=120) for process in processes]
-    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
-
-
-def summary(workdir: Path) -> dict:
-    return json.loads((workdir / "summary.json").read_text())
+def wait(processes: list[Command]) -> list[tuple[int, str, str]]:
+    return [(process.end(), process.stdout, process.stderr) for process in processes]
 
 
 def test_two_processes_are_stopped_resume_and_agree_with_one(tmp_path: Path):
     one = start(*RUN, cwd=tmp_path, JAX_NUM_CPU_DEVICES="1")
     assert wait([one])[0][0] == 0
     metrics = tmp_path / "0/run/metrics.jsonl"
-    processes = launch(tmp_path, *RUN, "--set=train.segment_steps=1")
+    processes = launch(tmp_path, *RUN, "--runtime.segment_steps=1")
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        assert processes[0].poll() is None, processes[0].communicate()
+        assert processes[0].running(), processes[0].stderr
         time.sleep(0.01)
-    os.kill(processes[1].pid, signal.SIGTERM)  # Not the main one: it must take the other along.
+    processes[1].send(signal.SIGTERM)  # Not the main one: it must take the other along.
     for code, _, errors in wait(processes):
         assert code == 143, errors
         assert "the same command resumes" in errors
     assert len(metrics.read_text().splitlines()) < len(losses(tmp_path / "run"))
     (code, output, errors), (other_code, other_output, _) = wait(
-        launch(tmp_path, *RUN, "--set=train.segment_steps=1")
+        launch(tmp_path, *RUN, "--runtime.segment_steps=1")
     )
     assert (code, other_code) == (0, 0), errors
     assert "resuming after step" in output
@@ -69,19 +61,19 @@ def test_two_processes_are_stopped_resume_and_agree_with_one(tmp_path: Path):
 
 
 def test_two_processes_start_from_another_run(tmp_path: Path):
-    """The parameters are the main process', which alone is told where they lie as a whole."""
+    """The main process alone reads the checkpoint; the other one has none."""
     assert wait([start(*RUN, cwd=tmp_path)])[0][0] == 0
     source = tmp_path / "run"
     shutil.copytree(source, tmp_path / "1/source")
     shutil.rmtree(tmp_path / "1/source/checkpoints")
     shutil.copytree(source, tmp_path / "0/source")
-    tuned = (*RUN, "--set=init.checkpoint=source", "--set=train.epochs=1")
+    tuned = (*RUN, "--init.checkpoint=source", "--train.epochs=1")
     alone = start(*tuned, cwd=tmp_path / "0", JAX_NUM_CPU_DEVICES="1")
     assert wait([alone])[0][0] == 0
     (tmp_path / "0/run").rename(tmp_path / "alone")
     (code, output, errors), (other_code, _, other_errors) = wait(launch(tmp_path, *tuned))
     assert (code, other_code) == (0, 0), errors + other_errors
-    assert "arrays from source" in output
+    assert "parameter arrays from source" in output
     np.testing.assert_allclose(losses(tmp_path / "0/run"), losses(tmp_path / "alone"), rtol=2e-5)
 
 

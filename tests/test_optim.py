@@ -1,5 +1,7 @@
 """Schedules against literal values, and optimizers against steps computed by hand."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from cnn_jax import optim
 from cnn_jax.config import OptimConfig, TrainConfig
+from cnn_jax.errors import UserError
 
 PARAMS = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])}
 GRADS = [
@@ -38,30 +41,28 @@ def test_constant_schedule():
 
 
 def test_cosine_schedule():
-    config = OptimConfig(learning_rate=0.8, schedule="cosine", final_fraction=0.25)
+    config = OptimConfig(learning_rate=0.8, schedule="cosine", ends=(0.0, 0.25))
     np.testing.assert_allclose(rates(config, [0, 50, 100]), [0.8, 0.5, 0.2], rtol=1e-6)
 
 
 def test_linear_schedule_after_warmup():
-    config = OptimConfig(learning_rate=1.0, schedule="linear", warmup_epochs=2, final_fraction=0.2)
+    config = OptimConfig(learning_rate=1.0, schedule="linear", warmup_epochs=2.0, ends=(0.0, 0.2))
     values = rates(config, [0, 5, 20, 60, 100])
     np.testing.assert_allclose(values, [0.0, 0.25, 1.0, 0.6, 0.2], rtol=1e-6)
 
 
-def test_piecewise_schedule_counts_from_the_start_of_training():
+def test_a_step_schedule_counts_from_the_start_of_training():
     config = OptimConfig(
         learning_rate=1.0,
-        schedule="piecewise",
-        warmup_epochs=1,
-        boundaries=(3.0, 5.5),
-        decay_factor=0.1,
+        schedule=((3.0, 0.1), (5.5, 0.1)),
+        warmup_epochs=1.0,
     )
     values = rates(config, [5, 10, 29, 31, 54, 56, 99])
     np.testing.assert_allclose(values, [0.5, 1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-6)
 
 
-def test_piecewise_boundaries_that_round_to_one_step_both_count():
-    config = OptimConfig(learning_rate=1.0, schedule="piecewise", boundaries=(3.0, 3.01))
+def test_two_factors_of_a_step_schedule_that_fall_on_one_step_both_count():
+    config = OptimConfig(learning_rate=1.0, schedule=((3.0, 0.1), (3.01, 0.1)))
     np.testing.assert_allclose(rates(config, [29, 31]), [1.0, 0.01], rtol=1e-6)
 
 
@@ -120,7 +121,7 @@ def test_clipping_scales_the_whole_gradient_to_the_norm():
 def test_decays_hold_for_what_they_match_first_and_are_added_before_momentum():
     # g1 = g + d p; v1 = g1; step by g1 + m v1; then the same with the moved parameter.
     decays = (("bias", 0.2), (".*", 0.3))
-    config = OptimConfig(name="nesterov", learning_rate=0.1, momentum=0.85, decays=decays)
+    config = OptimConfig(name="nesterov", learning_rate=0.1, momentum=0.85, weight_decay=decays)
     params = run(config)
     for name, decay, grads in (
         ("kernel", 0.3, ([0.1, 0.2], [0.3, -0.4])),
@@ -137,14 +138,14 @@ def test_decays_hold_for_what_they_match_first_and_are_added_before_momentum():
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
 def test_a_decay_of_zero_and_no_match_leave_alone(name: str):
     decays = (("kernel", 0.0),)
-    found = run(OptimConfig(name=name, decays=decays))
+    found = run(OptimConfig(name=name, weight_decay=decays))
     plain = run(OptimConfig(name=name))
     jax.tree.map(np.testing.assert_array_equal, found, plain)
 
 
 def test_adamw_takes_decays_apart_from_the_gradient():
     decays = (("bias", 0.5), ("kernel", 0.0))
-    params = run(OptimConfig(name="adamw", learning_rate=0.1, decays=decays), GRADS[:1])
+    params = run(OptimConfig(name="adamw", learning_rate=0.1, weight_decay=decays), GRADS[:1])
     np.testing.assert_allclose(params["kernel"], [0.9, -2.1], rtol=1e-5)
     np.testing.assert_allclose(params["bias"], [0.6 - 0.025], rtol=1e-5)
 
@@ -154,15 +155,14 @@ def test_warmup_starts_at_its_fraction_of_the_peak():
         learning_rate=1.5,
         schedule="linear",
         warmup_epochs=2.3,
-        warmup_fraction=0.2,
-        final_fraction=0.07,
+        ends=(0.2, 0.07),
     )
     values = rates(config, [0, 23, 100])
     np.testing.assert_allclose(values, [0.3, 1.5, 0.105], rtol=1e-6)
     np.testing.assert_allclose(rates(config, [11])[0], 1.5 * (0.2 + 0.8 * 11 / 23), rtol=1e-6)
 
 
-def test_what_an_average_keeps_of_itself():
+def test_the_share_that_an_average_keeps():
     ema = optim.make_average_decay(TrainConfig(ema_decay=0.75), 100)
     lookahead = optim.make_average_decay(TrainConfig(lookahead_steps=5), 100)
     assert ema is not None
@@ -172,3 +172,49 @@ def test_what_an_average_keeps_of_itself():
     expected = [1, 1, 9.672262e-5, 0.096722617, 1, 0.77378094]
     np.testing.assert_allclose(kept, expected, rtol=1e-6)
     assert optim.make_average_decay(TrainConfig(), 100) is None
+
+
+GROUPS = (("head/.*", 1.0), ("{last}/.*", ((0, None), (3, 0.1))), (".*", ((0, None), (6, 0.1))))
+
+
+def test_groups_become_phases_at_the_epochs_where_a_multiplier_changes():
+    phases = optim.make_phases(OptimConfig(groups=GROUPS), lambda: r"(fc\d+|block3)")
+    last = r"(fc\d+|block3)/.*"
+    assert phases == (
+        (0, (("head/.*", 1.0), (last, None), (".*", None))),
+        (3, (("head/.*", 1.0), (last, 0.1), (".*", None))),
+        (6, (("head/.*", 1.0), (last, 0.1), (".*", 0.1))),
+    )
+    assert optim.multiplier(phases[1][1], "block3/conv1/kernel") == 0.1
+    assert optim.multiplier(phases[1][1], "block2/conv1/kernel") is None
+    assert optim.make_phases(OptimConfig(), lambda: pytest.fail("not needed")) == ((0, ()),)
+    assert optim.multiplier((), "anything") == 1.0
+
+
+def test_a_pattern_that_an_earlier_one_shadows_is_named_as_unused():
+    groups = ((".*", 1.0), ("head/.*", 0.1))
+    with pytest.raises(UserError, match=r"no pattern matches: none; unused patterns .*: head/"):
+        optim.check_groups("optim.groups", groups, ["head/kernel", "fc1/kernel"])
+
+
+def test_a_last_pattern_for_all_others_may_match_nothing():
+    names = ["head/kernel", "fc1/kernel"]
+    optim.check_groups("optim.groups", (("(head|fc1)/.*", 1.0), (".*", None)), names)
+    with pytest.raises(UserError, match=r"unused patterns .*: fc2/\.\*$"):
+        optim.check_groups("optim.groups", ((".*1/.*", 1.0), ("fc2/.*", 1.0), (".*", None)), names)
+
+
+def test_an_optimizer_of_the_users_own_gets_the_config_and_the_schedule_multiplies_it(
+    tmp_path: Path,
+):
+    """Twice the gradient, clipped and decayed before as for every optimizer."""
+    (tmp_path / "mine.py").write_text(
+        "import optax\n"
+        "def doubled(config):\n"
+        "    assert config.learning_rate == 0.1\n"
+        "    return optax.scale(-2.0)\n"
+    )
+    name = f"{tmp_path}/mine.py:doubled"
+    params = run(OptimConfig(name=name, learning_rate=0.1, weight_decay=0.5), GRADS[:1])
+    np.testing.assert_allclose(params["kernel"], [1 - 0.2 * 0.6, -2 - 0.2 * -0.8], rtol=1e-6)
+    np.testing.assert_allclose(params["bias"], [0.5 + 0.2], rtol=1e-6)

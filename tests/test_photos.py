@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.data import noise, write_photos
 from PIL import Image
-from test_data import noise, write_photos
 
-from cnn_jax import photos
+from cnn_jax.data import photos
 from cnn_jax.errors import UserError
 
 

@@ -7,32 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
-from processes import finish
-from test_main import SMALL, command, mistake
-from test_train import edit, fit_until, quiet
+from helpers.cli import SMALL, SMALL_STEPS, command, finish, refuse, start
+from helpers.results import result
+from helpers.training import edit, fit, fit_until
 
-from cnn_jax import loop, trees
+from cnn_jax import trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 
-STEPS = 2 * 7  # two epochs of 400 images in batches of 64
-RUN = (*SMALL, "--set=train.segment_steps=1", "--set=train.checkpoint_seconds=0")
-
-
-def result(workdir: Path) -> tuple[str, list[dict]]:
-    """Returns the hash of the parameters, and the metrics without what a segment's end adds."""
-    summary = json.loads((workdir / "summary.json").read_text())
-    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        for name in ("images_per_second", "grad_norm"):
-            line.pop(name, None)
-    return summary["params_sha256"], lines
+RUN = (*SMALL, "--runtime.segment_steps=1", "--runtime.checkpoint_seconds=0")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a run that nothing disturbed."""
     cwd = tmp_path_factory.mktemp("whole")
     assert command(*RUN, "--workdir=run", cwd=cwd).returncode == 0
-    assert len(result(cwd / "run")[1]) == STEPS
+    assert len(result(cwd / "run")[1]) == SMALL_STEPS
     return cwd / "run"
 
 
@@ -50,32 +38,13 @@ def test_a_fresh_process_gives_the_same_bits(whole: Path, tmp_path: Path):
 
 
 def test_another_segment_length_gives_the_same_bits(whole: Path, tmp_path: Path):
-    finish(*SMALL, "--set=train.segment_steps=5", "--workdir=run", cwd=tmp_path)
+    finish(*SMALL, "--runtime.segment_steps=5", "--workdir=run", cwd=tmp_path)
     assert result(tmp_path / "run") == result(whole)
 
 
 def test_another_seed_gives_other_bits(whole: Path, tmp_path: Path):
-    finish(*RUN, "--set=seed=1", "--workdir=run", cwd=tmp_path)
+    finish(*RUN, "--seed=1", "--workdir=run", cwd=tmp_path)
     assert result(tmp_path / "run")[0] != result(whole)[0]
-
-
-def killed(workdir: Path, at_step: int, signum: int) -> subprocess.Popen[str]:
-    """Starts the run and sends it a signal once it has recorded `at_step` steps."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cnn_jax.main", *RUN, f"--workdir={workdir}"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_text().count("\n") >= at_step:
-            process.send_signal(signum)
-            break
-        time.sleep(0.002)
-    return process
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -83,11 +52,13 @@ def test_a_signal_saves_says_how_to_resume_and_resumes(
     whole: Path, tmp_path: Path, signum: int, code: int
 ):
     workdir = tmp_path / "run"
-    process = killed(workdir, 3, signum)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code
-    assert errors.count("\n") == 1
-    assert "the same command resumes" in errors
+    metrics = workdir / "metrics.jsonl"
+    started = start(*RUN, f"--workdir={workdir}", cwd=tmp_path)
+    started.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
+    started.send(signum)
+    assert started.end() == code
+    assert started.stderr.count("\n") == 1
+    assert "the same command resumes" in started.stderr
     rerun = command(*RUN, f"--workdir={workdir}", cwd=tmp_path)
     assert "resuming after step" in rerun.stdout
     assert result(workdir) == result(whole)
@@ -95,32 +66,38 @@ def test_a_signal_saves_says_how_to_resume_and_resumes(
 
 AVERAGED = {"optim": {"name": "adam"}, "train": {"ema_decay": 0.9}}
 ALTERNATING = {
-    "augment": {"alternate_flip": True},
+    "augment": {"flip": "alternate"},
     "model": {"name": "airbench", "blocks": ((4,),), "dense": (), "dropout": 0.0},
     "init": {"whiten": "whiten"},
-    "optim": {"phases": ((0, ((".*", 1.0),)), (1, (("whiten/.*", None), (".*", 1.0))))},
+    "optim": {"groups": (("whiten/.*", ((0, 1.0), (1, None))), (".*", 1.0))},
     "train": {"lookahead_steps": 2},
 }
 
 
+# In the middle of an epoch, and at the end of one.
+@pytest.mark.parametrize("steps", [(2, 3), pytest.param((1, 4, 5), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("changes", [AVERAGED, ALTERNATING], ids=["averaged", "alternating"])
 def test_a_stop_after_any_step_changes_no_bit(
-    tiny: Config, dataset: ImageDataset, tmp_path: Path, monkeypatch, changes: dict
+    tiny: Config,
+    dataset: ImageDataset,
+    tmp_path: Path,
+    monkeypatch,
+    changes: dict,
+    steps: tuple[int, ...],
 ):
     """Every step of a run of two epochs, with all that a state can hold."""
-    config = edit(edit(tiny, **changes), train={"segment_steps": 1})
-    trainer = loop.Trainer(config, dataset)
+    config = edit(edit(tiny, **changes), runtime={"segment_steps": 1})
 
-    def fit(workdir: Path) -> str:
+    def trained(workdir: Path) -> str:
         workdir.mkdir(exist_ok=True)
-        return trees.sha256(loop.fit(trainer, workdir, quiet(workdir))[0])
+        return trees.sha256(fit(config, dataset, workdir).state)
 
-    expected = fit(tmp_path / "whole")
-    for last in range(1, trainer.total_steps):
+    expected = trained(tmp_path / "whole")
+    for last in steps:
         cut = tmp_path / str(last)
         cut.mkdir()
-        fit_until(last, trainer, cut, monkeypatch, signal.SIGINT)
-        assert fit(cut) == expected
+        fit_until(last, config, dataset, cut, monkeypatch, signal.SIGINT)
+        assert trained(cut) == expected
 
 
 def test_a_progress_bar_changes_no_bit(whole: Path, tmp_path: Path):
@@ -145,14 +122,14 @@ def test_a_progress_bar_changes_no_bit(whole: Path, tmp_path: Path):
 def test_a_cold_data_cache_changes_no_bit(whole: Path, tmp_path: Path):
     """The first run decodes and fills the cache, the second one reads it."""
     for name in ("cold", "warm"):
-        cache = f"--set=data.cache_dir={tmp_path}/cache"
+        cache = f"--runtime.cache_dir={tmp_path}/cache"
         assert list(tmp_path.glob("cache/digits-*")) == [] or name == "warm"
         finish(*RUN, cache, f"--workdir={name}", cwd=tmp_path)
         assert len(list(tmp_path.glob("cache/digits-*"))) == 1
         assert result(tmp_path / name) == result(whole)
 
 
-def test_verify_trains_anew_and_finds_the_same_bits(whole: Path, tmp_path: Path):
+def test_verify_reproduces_the_bits(whole: Path, tmp_path: Path):
     before = sorted(whole.rglob("*"))
     verified = command("--mode=verify", "--workdir=run", cwd=whole.parent, TMPDIR=str(tmp_path))
     assert verified.returncode == 0, verified.stderr
@@ -193,7 +170,7 @@ def test_verify_refuses_what_cannot_be_compared(whole: Path, tmp_path: Path):
     def refusal(change: Callable[[dict], None], *arguments: str) -> str:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         cwd = edited(whole, tmp_path, change)
-        return mistake("--mode=verify", "--workdir=run", *arguments, cwd=cwd)
+        return refuse("--mode=verify", "--workdir=run", *arguments, cwd=cwd)
 
     assert refusal(lambda s: s["data"].update(sha256="0")) == (
         "the images are not those that run was trained on"
@@ -201,9 +178,9 @@ def test_verify_refuses_what_cannot_be_compared(whole: Path, tmp_path: Path):
     assert refusal(lambda s: s["config"].update(seed=7)) == (
         "run reports on another config (seed: 7 -> 0)"
     )
-    assert "(seed: 0 -> 1)" in refusal(lambda s: None, "--set=seed=1")
+    assert "(seed: 0 -> 1)" in refusal(lambda s: None, "--seed=1")
     assert "is not the summary of a run" in refusal(lambda s: s.pop("params_sha256"))
     (tmp_path / "run/summary.json").write_text("{")
-    assert "summary.json can't be read" in mistake("--mode=verify", "--workdir=run", cwd=tmp_path)
+    assert "summary.json can't be read" in refuse("--mode=verify", "--workdir=run", cwd=tmp_path)
     (tmp_path / "run/summary.json").unlink()
-    assert "is not finished" in mistake("--mode=verify", "--workdir=run", cwd=tmp_path)
+    assert "is not finished" in refuse("--mode=verify", "--workdir=run", cwd=tmp_path)

@@ -5,14 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.results import line, lines
 from rich.console import Console
 
 from cnn_jax.errors import UserError
-from cnn_jax.run_log import RunLog
-
-
-def line(step: int, **extra) -> dict:
-    return {"step": step, "loss": 1.0 / step, "accuracy": 0.5, "learning_rate": 0.1, **extra}
+from cnn_jax.runs.log import RunLog
 
 
 def log_to(workdir: Path, terminal: bool = False) -> tuple[RunLog, io.StringIO]:
@@ -21,15 +18,11 @@ def log_to(workdir: Path, terminal: bool = False) -> tuple[RunLog, io.StringIO]:
     return RunLog(workdir, console), output
 
 
-def read(workdir: Path) -> list[dict]:
-    return [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_every_step_is_a_line(workdir: Path):
     log, _ = log_to(workdir)
     with log.running(0, total_steps=4, steps_per_epoch=2):
         log.segment([line(1), line(2, train_loss=0.7, train_accuracy=0.4, epoch=1)], 12.34)
-    assert read(workdir) == [
+    assert lines(workdir) == [
         line(1),
         line(2, train_loss=0.7, train_accuracy=0.4, epoch=1, images_per_second=12.3),
     ]
@@ -43,7 +36,7 @@ def test_a_rerun_drops_what_it_will_write_again_and_a_cut_line(workdir: Path):
         file.write('{"step": 4, "lo')
     with log.running(2, 4, 2):
         log.segment([line(3), line(4)], 1)
-    assert [entry["step"] for entry in read(workdir)] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in lines(workdir)] == [1, 2, 3, 4]
 
 
 def test_a_line_that_is_no_text_is_named(workdir: Path):

@@ -1,31 +1,42 @@
-"""Heat maps of networks whose answers are known to rest on a single place."""
+"""Heat maps of networks whose predictions are known to depend on a single place."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from helpers.data import noise
+from helpers.predictors import random_predictor
 
-from cnn_jax import augment, models, saliency
+from cnn_jax import augment, saliency
+from cnn_jax.config import Config, ModelConfig
+from cnn_jax.errors import UserError
+from cnn_jax.models import inspection
+from cnn_jax.predictor import Predictor
 
-UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-MODEL = models.SimpleCNN(n_classes=2, dense=(), widths=(2,))
+CONFIG = Config(model=ModelConfig(name="simple_cnn", blocks=((2,),), dense=()))
 CORNER = np.zeros((1, 16, 16, 3), np.uint8)
 CORNER[0, :4, 12:] = 255
 
 
-def watching(row: int, column: int) -> dict:
-    """Returns variables with which class 1 is the red of the pooled pixel at a place, times 8."""
-    variables = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    variables = jax.tree.map(jnp.zeros_like, variables)
-    params = variables["params"]
+def corner_predictor(*places: tuple[int, int, int, float]) -> Predictor:
+    """Returns a network whose logit of a class is the red of one pooled pixel, times a factor.
+
+    A place is (row, column, class, factor); all others have no influence.
+    """
+    predictor = random_predictor(CONFIG, ("a", "b"), (16, 16, 3))
+    params = jax.tree.map(jnp.zeros_like, predictor.variables["params"])
     params["conv1"]["kernel"] = params["conv1"]["kernel"].at[1, 1, 0, 0].set(1.0)
-    head = params["head"]["kernel"].reshape(8, 8, 2, 2).at[row, column, 0, 1].set(8.0)
+    head = params["head"]["kernel"].reshape(8, 8, 2, 2)
+    for row, column, label, factor in places:
+        head = head.at[row, column, 0, label].set(factor)
     params["head"]["kernel"] = head.reshape(-1, 2)
-    return variables
+    variables = {**predictor.variables, "params": params}
+    return Predictor(CONFIG, predictor.model, variables, ("a", "b"), (16, 16, 3))
 
 
-def test_occlusion_is_what_a_hidden_square_costs():
-    """Squares of 4 pixels, every 2: gray is 128 / 255 of what it hides."""
-    found = saliency.occlusion(MODEL, watching(0, 7), CORNER[0], 1, **UNIT)
+def test_occlusion_is_the_drop_in_the_logit_where_a_square_hides_the_image():
+    """Squares of 4 pixels, every 2: gray is 128 / 255 of the white that it hides."""
+    found = saliency.occlusion(corner_predictor((0, 7, 1, 8.0)), CORNER[0], 1)
     assert found.shape == (7, 7)
     expected = np.zeros((7, 7))
     expected[0, 6] = 8 * (1 - 128 / 255)
@@ -33,42 +44,39 @@ def test_occlusion_is_what_a_hidden_square_costs():
 
 
 def test_maps_explain_the_class_that_is_asked_for():
-    """Class 1 wins by the upper right corner, and class 0 rests on the lower left one."""
-    variables = watching(0, 7)
-    variables["params"]["head"]["kernel"] += watching(7, 0)["params"]["head"]["kernel"][:, ::-1] / 2
+    """Class 1 wins by the upper right corner; class 0 depends on the lower left one."""
+    predictor = corner_predictor((0, 7, 1, 8.0), (7, 0, 0, 4.0))
     image = CORNER[0] + CORNER[0, ::-1, ::-1]
-    assert np.asarray(MODEL.apply(variables, jnp.float32(image[None]) / 255)).argmax() == 1
-    drops = saliency.occlusion(MODEL, variables, image, 0, **UNIT)
+    assert predictor.logits(image[None]).argmax() == 1
+    drops = saliency.occlusion(predictor, image, 0)
     expected = np.zeros((7, 7))
     expected[6, 0] = 4 * (1 - 128 / 255)
     np.testing.assert_allclose(drops, expected, atol=1e-5)
     images = np.stack([image, image])
-    cam = saliency.grad_cam(MODEL, variables, images, np.array([0, 1]), "pool", **UNIT)
+    cam = saliency.grad_cam(predictor, images, np.array([0, 1]), "conv1")
     reds = np.float32(image[..., 0] == 255) / 256
     np.testing.assert_allclose(cam, [4 * reds, 8 * reds], atol=1e-6)
 
 
-def test_grad_cam_is_the_sum_of_maps_weighted_by_their_mean_slope():
-    variables = watching(0, 7)
-    found = saliency.grad_cam(MODEL, variables, CORNER, np.array([1]), "pool", **UNIT)
+def test_grad_cam_weighs_each_map_by_its_mean_gradient():
+    found = saliency.grad_cam(corner_predictor((0, 7, 1, 8.0)), CORNER, np.array([1]), "conv1")
     assert found.shape == (1, 16, 16)
-    # The first map alone counts, by 8 / (16 * 16): the slope of one of its pixels.
+    # Only the first map counts, by 8 / (16 * 16): the gradient of one of its pixels is 8.
     expected = np.float32(CORNER[..., 0] == 255) * 8 / 256
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_grad_cam_equals_its_definition_on_a_random_network():
-    model = models.VGG(n_classes=3, dense=(8,), blocks=((4,), (5,)), activation="tanh")
-    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
-    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
-    normal = augment.normalize(jnp.array(images), **UNIT)
-    given = jax.jit(lambda images: models.layer_inputs(model, variables, images))(normal)
-    maps = np.asarray(given["block2/pool"], np.float64)
+    model = ModelConfig(name="vgg", blocks=((4,), (5,)), dense=(8,), activation="tanh")
+    predictor = random_predictor(Config(model=model), seed=1)
+    images, layer = noise(2, 8, 8, 3), "block2/conv1"
+    maps = predictor.activations(images, [layer])[layer].astype(np.float64)
+    normal = augment.normalize(jnp.array(images), predictor.config.data.normalize)
 
     @jax.jit
     def logits(maps: jax.Array) -> jax.Array:
-        with models.LayerCache("block2/pool", (8, 8, 3)).replacing(maps) as placeholders:
-            return model.apply(variables, placeholders)
+        with inspection.replaced({layer: maps}):
+            return predictor.model.apply(predictor.variables, normal)
 
     targets = np.asarray(logits(jnp.float32(maps))).argmax(axis=1)
 
@@ -76,12 +84,43 @@ def test_grad_cam_equals_its_definition_on_a_random_network():
         return np.asarray(logits(jnp.float32(maps)))[np.arange(2), targets]
 
     weights = np.zeros((2, 5))
-    for channel in range(5):  # The mean slope, by a central difference of the whole map.
+    for channel in range(5):  # The mean gradient, by a central difference of the whole map.
         moved = np.zeros(maps.shape)
         moved[..., channel] = 1e-3
         weights[:, channel] = (logit(maps + moved) - logit(maps - moved)) / (2e-3 * 16)
     sums = np.einsum("nc,nhwc->nhw", weights, maps)
     assert sums.max() > 0.01 and sums.min() < -0.01
     expected = np.maximum(sums, 0)
-    found = saliency.grad_cam(model, variables, images, targets, "block2/pool", **UNIT)
+    found = saliency.grad_cam(predictor, images, targets, layer)
     np.testing.assert_allclose(found, expected, atol=2e-3 * expected.max())
+
+
+def test_grad_cam_follows_the_branches_of_a_residual_network():
+    """By hand, from what modules return: logits = head(mean(relu(norm2 + shortcut_norm)))."""
+    model = ModelConfig(name="resnet_small", blocks=((4,), (6,)), dense=())
+    predictor = random_predictor(Config(model=model), seed=2)
+    images, targets = noise(3, 8, 8, 3), np.array([2, 0, 1])
+    block = "stage2/block1"
+    norm, shortcut = (f"{block}/norm2", f"{block}/shortcut_norm")
+    found = predictor.activations(images, [norm, shortcut, block])
+    joined = np.maximum(found[norm] + found[shortcut], 0)
+    np.testing.assert_allclose(found[block], joined, atol=1e-6)
+    slopes = np.asarray(predictor.variables["params"]["head"]["kernel"])[:, targets].T / 16
+    active = found[block] > 0
+    for layer, gradient in (
+        (block, np.ones(active.shape) * slopes[:, None, None]),
+        (norm, active * slopes[:, None, None]),
+    ):
+        weights = gradient.mean(axis=(1, 2), keepdims=True)
+        expected = np.maximum((weights * found[layer]).sum(axis=-1), 0)
+        assert expected.max() > 0.001
+        cam = saliency.grad_cam(predictor, images, targets, layer)
+        np.testing.assert_allclose(cam, expected, atol=1e-6, err_msg=layer)
+
+
+def test_grad_cam_refuses_modules_without_feature_maps():
+    predictor = corner_predictor((0, 7, 1, 8.0))
+    with pytest.raises(UserError, match="head returns no feature maps"):
+        saliency.grad_cam(predictor, CORNER, np.array([1]), "head")
+    with pytest.raises(UserError, match=r"conv2.*did you mean conv1\?"):
+        saliency.grad_cam(predictor, CORNER, np.array([1]), "conv2")

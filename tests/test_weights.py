@@ -1,7 +1,7 @@
-"""VGG16 against PyTorch's numbers, and its weights as safetensors, both ways."""
+"""VGG16 against PyTorch's logits, and reading and writing its weights as safetensors."""
 
-import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cnn_jax import configs, layers, models, transfer, trees, weights
-from cnn_jax.config import InitConfig, ModelConfig
+from cnn_jax import configs, layers, models, pretrained, trees
+from cnn_jax.config import Config, InitConfig, ModelConfig
 from cnn_jax.errors import UserError
+from cnn_jax.models import inspection, weights
 
-SMALL = {"blocks": ((4, 4), (4, 6), (4, 4, 4), (4, 4, 4), (4, 4, 5)), "dense": (8, 7)}
+SMALL = reference.NARROW
 
 
 @pytest.fixture
@@ -34,13 +35,17 @@ def refusal(path: Path) -> str:
     return str(caught.value).replace(str(path), "PATH")
 
 
+@pytest.mark.slow
 def test_logits_are_pytorchs(tmp_path: Path):
     """The whole network at 224x224, and at sizes whose 7x7 averages repeat and overlap pixels."""
     path = tmp_path / "vgg16.safetensors"
     save_file(reference.weights(), path)
     config = weights.describe(path)
-    assert models.build(config, 1000) == models.VGG16(
-        n_classes=1000, dense=(4096,) * 2, dropout=0.5
+    assert config == ModelConfig(
+        name="vgg16",
+        blocks=((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
+        dense=(4096, 4096),
+        dropout=0.5,
     )
     params = weights.read(path)
     assert trees.param_count(params) == 138_357_544
@@ -51,6 +56,14 @@ def test_logits_are_pytorchs(tmp_path: Path):
             error = np.abs(found - expected[f"size{size}"]).max()
             print(f"{size}: largest logit {np.abs(found).max():.3f}, largest error {error:.2e}")
             assert error < 1e-4
+
+
+@pytest.mark.parametrize("size", reference.NARROW_SIZES)
+def test_logits_of_a_narrow_network_are_pytorchs(small: Path, size: int):
+    model = models.build(weights.describe(small), 3)
+    found = jax.jit(model.apply)({"params": weights.read(small)}, reference.images(size))
+    with np.load(reference.VECTORS) as expected:
+        np.testing.assert_allclose(found, expected[f"narrow{size}"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("style", ["torchvision", "timm"])
@@ -92,23 +105,27 @@ def test_a_wrong_file_is_one_line(small: Path, tmp_path: Path):
     arrays = load_file(small)
     save_file({"x": np.zeros(2)}, path)
     assert refusal(path) == (
-        "PATH is not VGG16: missing or unknown are classifier.0.bias, classifier.0.weight, "
+        "PATH is not a VGG16: missing or unknown: classifier.0.bias, classifier.0.weight, "
         "classifier.3.bias and 30 more"
     )
     save_file(arrays | {"features.1.weight": np.zeros(2)}, path)
-    assert refusal(path) == "PATH is not VGG16: missing or unknown are features.1.weight"
+    assert refusal(path) == "PATH is not a VGG16: missing or unknown: features.1.weight"
     save_file(arrays | {"features.0.bias": np.zeros(4, np.float16)}, path)
     assert refusal(path) == "PATH: features.0.bias is float16, not float32"
     save_file(arrays | {"features.0.weight": np.zeros((4, 3, 5, 5), np.float32)}, path)
-    assert refusal(path) == "PATH: features.0.weight [4, 3, 5, 5] is not VGG16's"
+    assert refusal(path) == "PATH: features.0.weight of shape [4, 3, 5, 5] is not a VGG16's"
     save_file(arrays | {"classifier.0.weight": np.zeros((8, 80), np.float32)}, path)
-    assert refusal(path) == "PATH: classifier.0.weight [8, 80] is not VGG16's"
+    assert refusal(path) == "PATH: classifier.0.weight of shape [8, 80] is not a VGG16's"
 
 
-def test_the_hub_is_named_where_its_package_is_not_installed(monkeypatch):
+def pretrained_config(checkpoint: str) -> Config:
+    return replace(configs.get("finetune_head"), init=InitConfig(checkpoint=checkpoint))
+
+
+def test_without_its_package_the_hub_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError) as caught:
-        transfer.adopt(configs.get("finetune_head"), InitConfig(checkpoint="hf:timm/vgg16.tv_in1k"))
+        pretrained.adopt(pretrained_config("hf:timm/vgg16.tv_in1k"))
     assert str(caught.value) == (
         "hf:timm/vgg16.tv_in1k needs the package huggingface_hub; install it, "
         "or name a .safetensors file"
@@ -116,18 +133,17 @@ def test_the_hub_is_named_where_its_package_is_not_installed(monkeypatch):
 
 
 def test_normalisation_and_size_come_with_the_file(small: Path):
-    base = configs.get("finetune_head")
-    adopted = transfer.adopt(base, InitConfig(checkpoint=str(small)))
+    base = pretrained_config(str(small))
+    adopted = pretrained.adopt(base)
     assert adopted.model == ModelConfig(name="vgg16", **SMALL, dropout=0.5)
-    assert adopted.data.image_size == 224
-    assert adopted.data.mean == (0.485, 0.456, 0.406)
-    assert adopted.data.std == (0.229, 0.224, 0.225)
-    assert json.dumps(adopted.data.dir) == json.dumps(base.data.dir)
+    assert adopted.data == replace(
+        base.data, image_size=224, normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
 
 
 @pytest.mark.parametrize("size", [32, 33, 64, 150])
-def test_the_trunk_takes_32x32_and_larger(size: int):
-    model = models.VGG16(n_classes=3, **SMALL)
+def test_images_may_have_any_size_from_32x32_on(size: int):
+    model = models.build(ModelConfig(name="vgg16", **SMALL), 3)
     images = jnp.zeros((1, size, size, 3))
     logits, variables = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images))
     assert logits.shape == (1, 3)
@@ -135,8 +151,9 @@ def test_the_trunk_takes_32x32_and_larger(size: int):
 
 
 def test_smaller_images_are_refused():
+    model = models.build(ModelConfig(name="vgg16", **SMALL), 3)
     with pytest.raises(UserError, match="5 blocks need images of 32x32 or larger, not 31x31"):
-        models.param_names(models.VGG16(n_classes=3, **SMALL), (31, 31, 3))
+        inspection.param_names(model, (31, 31, 3))
 
 
 def test_adaptive_average_pool_by_hand():

@@ -1,0 +1,102 @@
+"""Loads labelled images: `load(config.data)` decodes, caches, splits and checks them.
+
+`digits`, `folder`, `tfds` and `custom` each turn one kind of source into uint8 arrays (`archives`
+prepares some tfds sets from their official archives, `photos` reads single image files), `cache`
+keeps the arrays on disk, and `split` chooses the examples. Nothing here imports JAX.
+"""
+
+from functools import partial
+
+from absl import logging
+
+from cnn_jax.config import DataConfig
+from cnn_jax.data import cache, custom, digits, photo_folder, split, tfds
+from cnn_jax.data.cache import cache_folder
+from cnn_jax.data.dataset import ImageDataset, Source, Split, check
+from cnn_jax.errors import UserError, one_line, printable
+from cnn_jax.values import is_user_code
+
+__all__ = [
+    "ImageDataset",
+    "Split",
+    "cache_folder",
+    "check",
+    "describe",
+    "image_side",
+    "load",
+]
+
+
+def load(config: DataConfig, cache_dir: str = "") -> ImageDataset:
+    """Returns the images that `config` describes, from the cache of decoded images if possible.
+
+    If the source has no test part, `config.test_fraction` of each class is held out as one. If it
+    has a validation part of its own, `config.validation` is ignored.
+
+    Args:
+        config: the source, and which of its images to use.
+        cache_dir: `runtime.cache_dir`, the folder for decoded images; "": the user's cache folder.
+
+    Raises:
+        UserError: the images are missing, unreadable or do not fit `config`.
+    """
+    try:
+        source = _source(config)
+        decoded = cache.decode(source, cache_folder(cache_dir))
+    except (OSError, MemoryError) as error:
+        raise UserError(f"data.name={config.name} can't be read: {one_line(error)}") from None
+    if decoded.skipped:
+        message = "%s: %d files skipped, the first: %s"
+        logging.warning(
+            message, source.description, len(decoded.skipped), printable(decoded.skipped[0])
+        )
+    names = config.classes or decoded.class_names
+    parts = {p: split.select(s, decoded.class_names, names) for p, s in decoded.parts.items()}
+    set_aside = partial(split.set_aside, class_names=names, seed=config.split_seed)
+    train = parts["train"]
+    if "test" not in parts:
+        train, parts["test"] = set_aside(train, fraction=config.test_fraction, purpose="test")
+    if config.validation and "validation" not in parts:
+        train, parts["validation"] = set_aside(
+            train, fraction=config.validation, purpose="validation"
+        )
+    if config.images_per_class:
+        train = split.limit(train, names, config.images_per_class, config.split_seed)
+    dataset = ImageDataset(
+        name=config.name,
+        source=source.description,
+        class_names=names,
+        train=train,
+        validation=parts.get("validation"),
+        test=parts["test"],
+        skipped=decoded.skipped,
+    )
+    check(dataset)
+    return dataset
+
+
+def describe(config: DataConfig, cache_dir: str = "") -> tuple[tuple[int, int, int], int]:
+    """Returns the shape of an image and the number of classes.
+
+    Well-known tfds sets are not read for this; every other source is loaded.
+
+    Raises:
+        UserError: the images are missing, unreadable or do not fit `config`.
+    """
+    if config.name in tfds.SHAPES:
+        side, n_classes = tfds.SHAPES[config.name]
+        return (side, side, 3), len(config.classes) or n_classes
+    dataset = load(config, cache_dir)
+    return dataset.image_shape, len(dataset.class_names)
+
+
+def image_side(config: DataConfig) -> int:
+    """Returns the side of the images in pixels, without reading them."""
+    return tfds.SHAPES[config.name][0] if config.name in tfds.SHAPES else config.image_size
+
+
+def _source(config: DataConfig) -> Source:
+    if is_user_code(config.name):
+        return custom.source(config)
+    sources = {"digits": digits.source, "folder": photo_folder.source}
+    return sources.get(config.name, tfds.source)(config)

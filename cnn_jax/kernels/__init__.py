@@ -1,0 +1,147 @@
+"""Convolutions, pools and dense products, written for a CPU or left to XLA, behind one switch.
+
+`use` chooses the kernels, `active` returns the choice, and the functions after them are what layers
+and the training step call; no other module depends on the platform. The README beside this file
+says what each kernel gains and what it can't do.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from cnn_jax import mesh
+from cnn_jax.kernels import conv as cpu_conv
+from cnn_jax.kernels import dense as cpu_dense
+from cnn_jax.kernels import pool as cpu_pool
+
+Padding = str | Sequence[tuple[int, int]]
+"""SAME, VALID, or the (low, high) padding of the height and of the width."""
+Pair = cpu_pool.Pair
+State = TypeVar("State")
+
+# A part of the keys of jit's caches: a function that was traced with other kernels is traced again.
+_choice = jax.make_user_context(default_value="auto")
+
+
+def use(choice: str) -> AbstractContextManager[None]:
+    """Returns a context in which functions are traced with these kernels.
+
+    "cpu" are the kernels of this package, "xla" are XLA's own operations, which run on every
+    platform and, exported, for any batch size. "auto", the default, is "cpu" where JAX's default
+    backend is the CPU, else "xla".
+
+    Raises:
+        ValueError: the choice is none of these.
+    """
+    if choice not in ("auto", "cpu", "xla"):
+        raise ValueError(f"kernels are auto, cpu or xla, not {choice!r}")
+    return _choice(choice)
+
+
+def active() -> Literal["cpu", "xla"]:
+    """Returns the kernels that are in use here: "cpu" or "xla"."""
+    if _choice.value == "auto":
+        return "cpu" if jax.default_backend() == "cpu" else "xla"
+    return _choice.value
+
+
+def convolve(
+    x: Float[Array, "batch height width in"],
+    kernel: Float[Array, "kernel_height kernel_width in out"],
+    bias: Float[Array, "out"] | None = None,
+    strides: Pair = (1, 1),
+    padding: Padding = "SAME",
+    relu: bool = False,
+    pool: bool = False,
+) -> Float[Array, "batch new_height new_width out"]:
+    """Returns the convolution plus bias; if wanted, after ReLU, and then after a 2x2 max pool.
+
+    The arrays share one type. With the kernels for a CPU, a 3x3 convolution with ReLU or a pool is
+    one operation, forward and backward, which takes less time and memory than its parts. The
+    results differ from those of the parts by the rounding of sums alone.
+    """
+    is_fast_type = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
+    on_cpu = is_fast_type and active() == "cpu"
+    if on_cpu and kernel.shape[:2] == (3, 3) and strides == (1, 1) and padding == "SAME":
+        suits_winograd = cpu_conv.suits_winograd(kernel.shape, strides)
+        if suits_winograd and (relu or pool):
+            return cpu_conv.conv_relu_pool(x, kernel, bias, relu, pool)
+        if relu and not pool:
+            return cpu_conv.conv_relu(x, kernel, bias)
+    pads = _to_pads(padding, x.shape, kernel.shape[:2], strides)
+    if on_cpu:
+        y: Array = cpu_conv.conv(x, kernel, strides, pads)
+    else:
+        y = lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=cpu_conv.NHWC)
+    if bias is not None and on_cpu and x.dtype == jnp.bfloat16:
+        y = cpu_conv.add_bias(y, bias)
+    elif bias is not None:
+        y += bias.reshape(1, 1, 1, -1)
+    y = nn.relu(y) if relu else y
+    return max_pool(y) if pool else y
+
+
+def max_pool(
+    x: Float[Array, "batch height width channels"],
+    window: Pair = (2, 2),
+    strides: Pair = (2, 2),
+    padding: Padding = "VALID",
+) -> Float[Array, "batch new_height new_width channels"]:
+    """Returns the maximum of each window and channel.
+
+    With both kinds of kernels, the gradient goes to the first maximum of a window in row-major
+    order.
+    """
+    if active() == "xla":
+        return nn.max_pool(x, window, strides, padding)  # pyright: ignore[reportArgumentType]
+    return cpu_pool.max_pool(x, window, strides, _to_pads(padding, x.shape, window, strides))
+
+
+def matmul(
+    x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]
+) -> Float[Array, "*batch out"]:
+    """Returns the product with the kernel of a dense layer, in the type of x.
+
+    With the kernels for a CPU, the kernel's gradient of a bfloat16 product stays float32. Autodiff
+    would round it to bfloat16 and convert it back, each of which takes as long as the product if
+    the kernel is large. There, large kernels are also divided among the devices by their inputs.
+    """
+    on_cpu = active() == "cpu"
+    if x.dtype == jnp.bfloat16 and on_cpu:
+        product = cpu_dense.dense(x.reshape(-1, x.shape[-1]), kernel)
+        return product.reshape(*x.shape[:-1], kernel.shape[1])
+    divided = on_cpu and mesh.is_divided(kernel.shape)
+    x = mesh.shard(x, axis=x.ndim - 1) if divided else x
+    y = lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    return mesh.shard(y) if divided else y
+
+
+def update_if(wanted: Bool[Array, ""], update: Callable[[State], State], state: State) -> State:
+    """Returns `update(state)` where `wanted`, else `state`, a tree of arrays.
+
+    With the kernels for a CPU it is a loop of one iteration or none, because there a loop waits for
+    everything that it reads. Without the loop, XLA finds that parts of the state, such as a kernel
+    that the backward pass still reads, can't be overwritten yet, and copies them first: in vgg1 all
+    of fc1 and fc2 in every step. With XLA's kernels it is an elementwise selection, which XLA fuses
+    with the update; a conditional would make a GPU wait for the host and keep the two apart.
+    """
+    if active() == "cpu":
+        return lax.fori_loop(0, wanted.astype(jnp.int32), lambda _, value: update(value), state)
+    return jax.tree.map(
+        lambda new, old: old if new is old else jnp.where(wanted, new, old), update(state), state
+    )
+
+
+def _to_pads(
+    padding: Padding, shape: Sequence[int], window: Sequence[int], strides: Pair
+) -> cpu_pool.Pads:
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(shape[1:3], window, strides, padding)
+    (top, bottom), (left, right) = padding
+    return (top, bottom), (left, right)

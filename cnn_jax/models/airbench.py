@@ -1,0 +1,94 @@
+"""The network of airbench94: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024)."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cnn_jax import layers
+from cnn_jax.config import ModelConfig
+from cnn_jax.models.batch_norm import BatchNorm
+from cnn_jax.models.checks import check_fixed_settings, check_image_side
+from cnn_jax.models.initializers import fan_in_uniform, partial_identity
+
+
+class Airbench(nn.Module):
+    """A 2x2 convolution `whiten`, groups of 3x3 convolutions, a 3x3 max pool and a linear `head`.
+
+    `whiten` has twice as many filters as a patch has numbers: it is meant to be set by
+    `init.whiten` and then frozen.
+    """
+
+    config: ModelConfig
+    n_classes: int
+
+    @property
+    def last_block(self) -> str:
+        """A regular expression for the name of the last group."""
+        return f"group{len(self.config.blocks)}"
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Returns the logits; with `train`, BatchNorm uses and records the batch's statistics."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        check_image_side(images, 3 * 2 ** len(config.blocks) + 1, config)
+        patch = 2 * 2 * images.shape[-1]
+        x = layers.Conv(
+            2 * patch,
+            kernel_size=(2, 2),
+            padding="VALID",
+            activation=config.activation,
+            dtype=dtype,
+            kernel_init=fan_in_uniform,
+            bias_init=partial(fan_in_uniform, fan_in=patch),
+            name="whiten",
+        )(images)
+        for i, widths in enumerate(config.blocks, start=1):
+            x = Group(widths, config.activation, dtype, name=f"group{i}")(x, train)
+        x = layers.MaxPool((3, 3), (3, 3), name="pool")(x)
+        x = x.reshape((x.shape[0], -1))
+        head = layers.Dense(
+            self.n_classes, use_bias=False, dtype=dtype, kernel_init=fan_in_uniform, name="head"
+        )
+        return head(x).astype(jnp.float32) / 9
+
+
+class Group(nn.Module):
+    """3x3 convolutions `conv1`, ..., each followed by a `norm1`, ...; `pool` follows `conv1`."""
+
+    widths: tuple[int, ...]
+    activation: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch new_height new_width out"]:
+        """Returns feature maps of half the height and width, rounded down."""
+        conv = partial(layers.Conv, use_bias=False, dtype=self.dtype, kernel_init=partial_identity)
+        norm = partial(
+            BatchNorm,
+            momentum=0.6,
+            epsilon=1e-12,
+            use_scale=False,
+            use_fast_variance=False,  # E[x^2] - E[x]^2 is too inexact for so small an epsilon.
+            activation=self.activation,
+            dtype=self.dtype,
+        )
+        for i, width in enumerate(self.widths, start=1):
+            if i == 1:
+                pool = layers.MaxPool(name="pool")
+                x = layers.conv_then_pool(conv(width, name="conv1"), pool, x, train)
+            else:
+                x = conv(width, name=f"conv{i}")(x)
+            x = norm(name=f"norm{i}")(x, use_running_average=not train)
+        return x
+
+
+def airbench(config: ModelConfig, n_classes: int) -> nn.Module:
+    """Returns airbench94's network with the widths of `model.blocks`, one tuple per group."""
+    check_fixed_settings(config)
+    return Airbench(config, n_classes)

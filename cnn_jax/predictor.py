@@ -1,0 +1,130 @@
+"""A trained network with its preprocessing: logits and activations of any uint8 images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cnn_jax import augment, kernels, mesh, metrics
+from cnn_jax.config import Config
+from cnn_jax.models import inspection
+
+# Large enough to fill the cores, small enough that activations of VGG stay in a few hundred MB.
+BATCH_SIZE = 250
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """All that prediction needs. Dropout is off, and batch norm uses its running statistics."""
+
+    config: Config
+    model: nn.Module
+    variables: dict[str, Any]
+    """The collections "params" and, with batch norm, "batch_stats"."""
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    """Height, width and channels of an image."""
+    step: int = 0
+    """The number of training steps that led to these parameters."""
+
+    def logits(
+        self, images: UInt8[np.ndarray, "n height width 3"], test_time: str | None = None
+    ) -> Float[np.ndarray, "n classes"]:
+        """Returns the logits in float32.
+
+        `test_time` is as in `AugmentConfig`; None stands for the config's own. With it the logits
+        are averages over several views of an image.
+        """
+        test_time = self.config.augment.test_time if test_time is None else test_time
+        return self._in_batches(_logits, images, test_time=test_time)
+
+    def probabilities(
+        self, images: UInt8[np.ndarray, "n height width 3"], test_time: str | None = None
+    ) -> Float[np.ndarray, "n classes"]:
+        """Returns the softmax of the logits in float64."""
+        return metrics.softmax(self.logits(images, test_time))
+
+    def activations(
+        self, images: UInt8[np.ndarray, "n height width 3"], names: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Returns what the named modules return for the images themselves: arrays [n, ...].
+
+        A name is that of a layer, such as "block1/conv1", or of a module that holds layers, such as
+        "block1". The arrays have the type that the network computes in.
+
+        Raises:
+            UserError: the network has no module of that name.
+        """
+        arrays = self._in_batches(_activations, images, names=tuple(names))
+        return dict(zip(names, arrays, strict=True))
+
+    def _in_batches(self, function: Callable[..., Any], images: np.ndarray, **static: Any) -> Any:
+        n = len(images)
+        size = min(BATCH_SIZE, n)
+        size += -size % mesh.device_count()
+        n_batches = -(-n // size)
+        padded = np.zeros((n_batches * size, *images.shape[1:]), np.uint8)
+        padded[:n] = images
+        batches = mesh.replicate(padded.reshape(n_batches, size, *images.shape[1:]))
+        static["normalization"] = self.config.data.normalize
+        with kernels.use(self.config.runtime.kernels):
+            results = function(self.model, self.variables, batches, **static)
+        return jax.tree.map(
+            lambda x: np.asarray(x).reshape(n_batches * size, *x.shape[2:])[:n], results
+        )
+
+
+def forward(
+    model: nn.Module,
+    variables: Any,
+    images: UInt8[jax.Array, "batch height width 3"],
+    *,
+    normalization: augment.Normalization,
+    test_time: str,
+) -> Float[jax.Array, "batch classes"]:
+    """Returns the logits of images, averaged over the views that `test_time` names."""
+    normal = augment.normalize(images, normalization)
+    weights, views = zip(*augment.test_time_views(normal, test_time), strict=True)
+    if len(views) == 1:
+        return model.apply(variables, normal)  # pyright: ignore
+    each = jax.lax.map(partial(model.apply, variables), jnp.stack(views))
+    return jnp.tensordot(jnp.array(weights), each, 1)  # pyright: ignore
+
+
+@partial(jax.jit, static_argnames=("model", "normalization", "test_time"))
+def _logits(
+    model: nn.Module,
+    variables: Any,
+    batches: jax.Array,
+    *,
+    normalization: augment.Normalization,
+    test_time: str,
+) -> jax.Array:
+    def of_batch(images: jax.Array) -> jax.Array:
+        images = mesh.shard(images)
+        return forward(model, variables, images, normalization=normalization, test_time=test_time)
+
+    return mesh.gather(jax.lax.map(of_batch, batches))
+
+
+@partial(jax.jit, static_argnames=("model", "normalization", "names"))
+def _activations(
+    model: nn.Module,
+    variables: Any,
+    batches: jax.Array,
+    *,
+    normalization: augment.Normalization,
+    names: tuple[str, ...],
+) -> list[jax.Array]:
+    def of_batch(images: jax.Array) -> list[jax.Array]:
+        normal = augment.normalize(mesh.shard(images), normalization)
+        found = inspection.outputs(model, variables, normal, names)
+        return [found[name] for name in names]
+
+    return jax.tree.map(mesh.gather, jax.lax.map(of_batch, batches))

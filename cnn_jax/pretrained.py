@@ -1,0 +1,93 @@
+"""Networks that start from trained parameters: `init.checkpoint`."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import data, fields, trees
+from cnn_jax.config import Config, InitConfig
+from cnn_jax.errors import UserError
+from cnn_jax.models import weights
+from cnn_jax.runs import checkpoint
+
+
+def adopt(config: Config, given: frozenset[str] = frozenset()) -> Config:
+    """Returns `config` with the network, image size and normalisation of `init.checkpoint`.
+
+    They belong to the parameters, which would misread other pixels. A field that the user has set
+    (its dotted name is in `given`) keeps its value.
+
+    Raises:
+        UserError: there is no such workdir or file.
+    """
+    if file := _weights_file(config.init.checkpoint):
+        model, images = weights.describe(file), weights.IMAGENET
+        image_size, normalization = images.image_size, images.normalize
+    else:
+        source = fields.load(Path(config.init.checkpoint) / "config.json")
+        model, image_size = source.model, data.image_side(source.data)
+        normalization = source.data.normalize
+    kept = {
+        name.removeprefix("model."): getattr(config.model, name.removeprefix("model."))
+        for name in given
+        if name.startswith("model.")
+    }
+    found = {"image_size": image_size, "normalize": normalization}
+    seen = {name: value for name, value in found.items() if f"data.{name}" not in given}
+    return replace(config, model=replace(model, **kept), data=replace(config.data, **seen))
+
+
+def load_into(
+    fresh: dict[str, Any], init: InitConfig, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Returns the variables of `init.checkpoint`, with those of `fresh` where `init.skip` matches.
+
+    Both are trees by collection ("params", "batch_stats"). `say` gets a line with the counts.
+
+    Raises:
+        UserError: arrays that are not skipped differ in name, shape or dtype; a pattern of
+            `init.skip` matches nothing; or the checkpoint can't be read.
+    """
+    source = _load(init)
+
+    def skipped(name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in init.skip)
+
+    merged, loaded, total, all_names = {}, 0, 0, set()
+    for collection, tree in fresh.items():
+        found, needed = trees.named_leaves(source[collection]), trees.named_leaves(tree)
+        all_names |= {*found, *needed}
+        kept = {name: leaf for name, leaf in found.items() if not skipped(name)}
+        wanted = {name: leaf for name, leaf in needed.items() if not skipped(name)}
+        if mismatch := checkpoint.difference(kept, wanted):
+            raise UserError(
+                f"init.checkpoint={init.checkpoint} does not fit the network: {mismatch}; "
+                "init.skip names the parameters that are not loaded from it"
+            )
+        loaded, total = loaded + len(kept), total + len(needed)
+        merged[collection] = trees.replace_named(tree, kept)
+    for pattern in init.skip:
+        if not any(re.fullmatch(pattern, name) for name in all_names):
+            raise UserError(f"init.skip: {pattern} matches no parameter of either network")
+    say(
+        f"loaded {loaded} parameter arrays from {init.checkpoint}; "
+        f"{total - loaded} are initialised at random"
+    )
+    return merged
+
+
+def _load(init: InitConfig) -> dict[str, Any]:
+    """Returns the variables that `init.checkpoint` holds; of a run, those that it evaluated."""
+    if file := _weights_file(init.checkpoint):
+        return {"params": weights.read(file), "batch_stats": {}}
+    workdir = Path(init.checkpoint)
+    kind = fields.load(workdir / "config.json").train.reported_kind
+    return checkpoint.load_variables(workdir, kind)[0]
+
+
+def _weights_file(name: str) -> Path | None:
+    if name.startswith("hf:"):
+        return weights.download(name.removeprefix("hf:"))
+    return Path(name) if name.endswith(".safetensors") else None

@@ -1,0 +1,381 @@
+"""Training as pure functions: the state, one step, and the compiled segment of steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from cnn_jax import augment, kernels, losses, mesh, models, optim, trees
+from cnn_jax.config import Config, InitConfig, RuntimeConfig
+from cnn_jax.data import ImageDataset
+from cnn_jax.models import inspection
+
+Images = UInt8[Array, "n height width channels"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The static part of training: all that compiled code depends on beside its arrays.
+
+    It is hashable, and equal setups share one compiled program.
+    """
+
+    config: Config
+    n_classes: int
+    image_shape: tuple[int, int, int]
+    steps_per_epoch: int
+    epoch: int = 0
+    """The epoch whose `optim.groups` hold."""
+    cached: str = ""
+    """If set, training gets the outputs of the module of this name in place of images."""
+
+    @classmethod
+    def of(cls, config: Config, dataset: ImageDataset) -> "Setup":
+        """Returns the setup of a config and the data set that it trains on.
+
+        It leaves out the fields that no compiled program depends on, such as the seed.
+        """
+        compiled = replace(
+            config,
+            name="",
+            seed=0,
+            data=replace(config.data, dir=""),
+            init=InitConfig(),
+            runtime=RuntimeConfig(segment_steps=config.runtime.segment_steps),
+        )
+        steps_per_epoch = -(-len(dataset.train) // config.train.batch_size)
+        return cls(compiled, len(dataset.class_names), dataset.image_shape, steps_per_epoch)
+
+    def at(self, epoch: int) -> "Setup":
+        """Returns the setup of the phase of `optim.groups` that an epoch belongs to."""
+        return replace(self, epoch=[start for start, _ in self._all_phases if start <= epoch][-1])
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The network."""
+        return models.build(self.config.model, self.n_classes)
+
+    @cached_property
+    def _all_phases(self) -> optim.Phases:
+        return optim.make_phases(self.config.optim, partial(models.last_block, self.model))
+
+    @cached_property
+    def phases(self) -> optim.Phases:
+        """The phases of `optim.groups` up to this one."""
+        return tuple(phase for phase in self._all_phases if phase[0] <= self.epoch)
+
+    @property
+    def groups(self) -> optim.Groups:
+        """The learning-rate multipliers that hold; a parameter whose multiplier is None is frozen.
+
+        Only the other parameters have gradients and optimizer state.
+        """
+        return self.phases[-1][1]
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer, for a learning rate of 1."""
+        return optim.make_optimizer(self.config.optim, self.phases)
+
+    @cached_property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate as a function of the step."""
+        return optim.make_schedule(
+            self.config.optim, self.steps_per_epoch, self.config.train.epochs
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of the whole run."""
+        return self.steps_per_epoch * self.config.train.epochs
+
+
+@struct.dataclass
+class Sums:
+    """Totals over examples, to be divided once on the host."""
+
+    loss: Float[Array, "*steps"]
+    correct: Float[Array, "*steps"]
+    count: Float[Array, "*steps"]
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...] = ()) -> "Sums":
+        """Returns empty totals."""
+        return cls(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape))
+
+
+@struct.dataclass
+class History:
+    """Metrics of each step of a segment, padded with zeros to `runtime.segment_steps`."""
+
+    sums: Sums
+    learning_rate: Float[Array, "*steps"]
+    grad_norm: Float[Array, "*steps"]
+    """Global norm of the gradient, -1 where `train_step` does not compute it."""
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that training changes: together with the config it determines all that follows."""
+
+    step: Int[Array, ""]
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    average: Any
+    """Averages of the trainable parameters and of the batch statistics, by collection, or None."""
+    epoch_sums: Sums
+    """Totals of the current epoch so far."""
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """The variables that are evaluated, and whose hash a run reports."""
+        variables = {"params": self.params, "batch_stats": self.batch_stats}
+        return variables if self.average is None else trees.combine(self.average, variables)
+
+
+@struct.dataclass
+class Batch:
+    """Examples on the device; `mask` is 1 for real ones and 0 for padding.
+
+    `images` are pixels, or with `Setup.cached` the outputs of that module.
+    """
+
+    images: Array
+    labels: Int[Array, "batch"]
+    mask: Float[Array, "batch"]
+
+
+@partial(jax.jit, static_argnames="setup")
+def init_state(setup: Setup, key: Key[Array, ""]) -> TrainState:
+    """Returns the state before the first step, a function of `key` alone."""
+    variables = setup.model.init(key, jnp.zeros((1, *setup.image_shape)))
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=setup.optimizer.init(optim.trainable_part(params, setup.groups)),
+        average=start_average(setup, params, batch_stats),
+        epoch_sums=Sums.zeros(),
+    )
+    return mesh.keep_placed(state)
+
+
+def start_average(setup: Setup, params: Any, batch_stats: Any) -> Any:
+    """Returns the average before the first step, or None if the config asks for none."""
+    if optim.make_average_decay(setup.config.train, setup.total_steps) is None:
+        return None
+    return {"params": optim.trainable_part(params, setup.groups), "batch_stats": batch_stats}
+
+
+@partial(jax.jit, static_argnames="setup")
+def enter_phase(setup: Setup, state: TrainState) -> TrainState:
+    """Returns the state with the optimizer state and averages that another phase's setup needs.
+
+    What stays trainable keeps its own; what is frozen from now on keeps its last value.
+    """
+    fresh = {
+        "opt_state": setup.optimizer.init(optim.trainable_part(state.params, setup.groups)),
+        "average": start_average(setup, state.params, state.batch_stats),
+    }
+    old = {name: getattr(state, name) for name in fresh}
+    state = replace(state, **trees.replace_named(fresh, trees.named_leaves(old)))
+    return mesh.keep_placed(state)
+
+
+def epoch_order(
+    key: Key[Array, ""], epoch: Int[Array, ""], n: int, batch_size: int
+) -> Int[Array, "steps batch"]:
+    """Returns the examples of each step of an epoch: every index i once, then padding.
+
+    Padding is ~i, which is negative, for the first examples of the order: BatchNorm then sees
+    images in the last step as in all others, and the mask of the loss leaves them out.
+    """
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), n)
+    padding = ~jnp.resize(order, (-n % batch_size,))
+    return jnp.concatenate([order, padding]).reshape(-1, batch_size)
+
+
+def take_batch(
+    setup: Setup,
+    images: Array,
+    labels: Int[Array, "n"],
+    index: Int[Array, "batch"],
+    key: Key[Array, ""],
+    epoch: Int[Array, ""],
+) -> Batch:
+    """Returns the examples that a row of `epoch_order` names; `key` is the same for all steps."""
+    examples = jnp.maximum(index, ~index)
+    taken = images[examples]
+    if setup.config.augment.flip == "alternate":
+        taken = augment.alternate_flip(taken, key, examples, epoch)
+    return Batch(taken, labels[examples], (index >= 0).astype(jnp.float32))
+
+
+def train_step(
+    setup: Setup,
+    state: TrainState,
+    batch: Batch,
+    key: Key[Array, ""],
+    with_norm: Array | bool = True,
+) -> tuple[TrainState, Sums, Float[Array, ""]]:
+    """Returns the state after one update on `batch`, the batch's totals, and the gradient's norm.
+
+    Pure: dropout and augmentation are functions of `key`, which must be unique to the step. An
+    update whose loss (with `train.skip_nonfinite` also: whose gradient) is not finite is left out.
+    The norm costs one more pass over the gradient, so it is computed only if `with_norm` is true,
+    the loss is not finite, or `train.skip_nonfinite` is set; otherwise it is -1.
+    """
+    skips = setup.config.train.skip_nonfinite
+    trainable = optim.trainable_part(state.params, setup.groups)
+
+    def mean_loss(trainable: Any, batch_stats: Any, part: Batch, key: Array) -> tuple[Array, Any]:
+        params = trees.combine(trainable, state.params)
+        with inspection.frozen_in_eval_mode(params, trainable):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, batch_stats = _forward(setup, variables, part.images, key)
+        losses_ = losses.from_config(setup.config.train)(logits, part.labels) * part.mask
+        correct = (jnp.argmax(logits, axis=-1) == part.labels) * part.mask
+        sums = Sums(jnp.sum(losses_), jnp.sum(correct), jnp.sum(part.mask))
+        return sums.loss / jnp.sum(batch.mask), (sums, batch_stats)
+
+    gradient = _accumulated(setup, jax.grad(mean_loss, has_aux=True))
+    grads, (sums, batch_stats) = gradient(trainable, state.batch_stats, batch, key)
+
+    finite = jnp.isfinite(sums.loss)
+    wanted = with_norm | ~finite | skips
+    norm = jax.lax.cond(wanted, optax.tree.norm, lambda _: jnp.full((), -1.0), grads)
+    finite = finite & jnp.isfinite(norm) if skips else finite
+
+    def update(state: TrainState) -> TrainState:
+        trainable = optim.trainable_part(state.params, setup.groups)
+        updates, opt_state = setup.optimizer.update(grads, state.opt_state, trainable)
+        rate = learning_rate(setup, state.step)
+        trainable = optax.apply_updates(trainable, jax.tree.map(lambda u: rate * u, updates))
+        new, average = _averaged(setup, state, {"params": trainable, "batch_stats": batch_stats})
+        return replace(
+            state,
+            params=trees.combine(new["params"], state.params),
+            batch_stats=new["batch_stats"],
+            opt_state=opt_state,
+            average=average,
+            epoch_sums=jax.tree.map(jnp.add, state.epoch_sums, sums),
+        )
+
+    state = kernels.update_if(finite, update, state)
+    return replace(state, step=state.step + 1), sums, norm
+
+
+def learning_rate(setup: Setup, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns the learning rate of the step after `step` steps, skipped ones included."""
+    return jnp.asarray(setup.schedule(step), jnp.float32)
+
+
+def _forward(setup: Setup, variables: Any, images: Array, key: Array) -> tuple[Array, Any]:
+    """Returns the logits in training, and the new batch statistics."""
+    dropout_key, augment_key = jax.random.split(key)
+    outputs = {}
+    if setup.cached:
+        # What precedes the cached module must play no part in the logits: NaN would show it.
+        outputs = {setup.cached: images}
+        images = jnp.full((len(images), *setup.image_shape), jnp.nan)
+    else:
+        images = augment.normalize(images, setup.config.data.normalize)
+        images = augment.augment(images, augment_key, setup.config.augment)
+    with inspection.replaced(outputs):
+        logits, changed = setup.model.apply(
+            variables,
+            images,
+            train=True,
+            rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
+        )
+    return logits, changed.get("batch_stats", {})
+
+
+def _accumulated(setup: Setup, gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `gradient` computed over `train.accumulate` parts of a batch, one after the other.
+
+    The parts' gradients and totals are added up; batch statistics pass from part to part.
+    """
+    n_parts = setup.config.train.accumulate
+    if n_parts == 1:
+        return gradient
+
+    def run(trainable: Any, batch_stats: Any, batch: Batch, key: Array) -> Any:
+        def add_part(carry: Any, item: Any) -> tuple[Any, None]:
+            grads, sums, batch_stats = carry
+            part, index = item
+            part = jax.tree.map(mesh.shard, part)  # else each device would compute all of it
+            part_key = jax.random.fold_in(key, index)
+            new, (new_sums, batch_stats) = gradient(trainable, batch_stats, part, part_key)
+            grads, sums = jax.tree.map(jnp.add, (grads, sums), (new, new_sums))
+            return (grads, sums, batch_stats), None
+
+        parts = jax.tree.map(lambda x: x.reshape(n_parts, -1, *x.shape[1:]), batch)
+        start = jax.tree.map(jnp.zeros_like, trainable), Sums.zeros(), batch_stats
+        carry, _ = jax.lax.scan(add_part, start, (parts, jnp.arange(n_parts)))
+        grads, sums, batch_stats = carry
+        return grads, (sums, batch_stats)
+
+    return run
+
+
+def _averaged(setup: Setup, state: TrainState, new: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Returns the variables to continue from and their average; `new` and None without one."""
+    average_decay = optim.make_average_decay(setup.config.train, setup.total_steps)
+    if average_decay is None:
+        return new, None
+    kept = average_decay(state.step + 1)
+    average = jax.tree.map(lambda old, x: old + (1 - kept) * (x - old), state.average, new)
+    if setup.config.train.lookahead_steps:
+        new = jax.tree.map(lambda mean, x: jnp.where(kept < 1, mean, x), average, new)
+    return new, average
+
+
+@partial(jax.jit, static_argnames="setup", donate_argnames="state")
+def train_segment(
+    setup: Setup,
+    state: TrainState,
+    images: Array,
+    labels: Int[Array, "n"],
+    key: Key[Array, ""],
+    n_steps: Int[Array, ""],
+) -> tuple[TrainState, History]:
+    """Runs `n_steps` steps, at most `runtime.segment_steps` and all within one epoch.
+
+    The host takes no part. The number of steps is data, not shape: one program serves segments of
+    every length, and a step's bits do not depend on the segment that it is in. The norm of the
+    gradient is that of the segment's last step, and of the steps that `train_step` names.
+    """
+    order_key, step_key, flip_key = jax.random.split(key, 3)
+    per_epoch = setup.steps_per_epoch
+    epoch = state.step // per_epoch
+    order = epoch_order(order_key, epoch, len(images), setup.config.train.batch_size)
+    starts_epoch = state.step % per_epoch == 0
+    state = replace(
+        state, epoch_sums=jax.tree.map(lambda x: jnp.where(starts_epoch, 0, x), state.epoch_sums)
+    )
+
+    def body(i: Array, carry: tuple[TrainState, History]) -> tuple[TrainState, History]:
+        state, history = carry
+        rate = learning_rate(setup, state.step)
+        index = mesh.shard(order[state.step % per_epoch])
+        batch = take_batch(setup, images, labels, index, flip_key, epoch)
+        key = jax.random.fold_in(step_key, state.step)
+        state, sums, norm = train_step(setup, state, batch, key, i == n_steps - 1)
+        now = History(sums, rate, norm)
+        return state, jax.tree.map(lambda array, value: array.at[i].set(value), history, now)
+
+    shape = (setup.config.runtime.segment_steps,)
+    start = state, History(Sums.zeros(shape), jnp.zeros(shape), jnp.zeros(shape))
+    state, history = jax.lax.fori_loop(0, n_steps, body, start)
+    return mesh.keep_placed(state), history
