@@ -776,7 +776,7 @@ def test_folder_refusals(refusal: Refusal, tmp_path: Path) -> None:
         )
 
     assert refusal(name="folder") == (
-        "data.name=folder needs --data.dir=PHOTOS, one subfolder a class"
+        "data.name=folder needs --data.dir=PHOTOS, one subfolder per class"
     )
     assert message("none") == "data.dir=TMP/none is not a folder"
     write_photos(tmp_path / "one", {"a": 2})

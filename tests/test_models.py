@@ -412,6 +412,19 @@ def test_resnet_equals_the_network_written_out(train: bool):
         assert moved == train, name
 
 
+def test_running_statistics_of_resnet_take_up_a_tenth_of_each_batch():
+    """Faster than linen's default of a hundredth, so that few epochs are enough for them."""
+    model = models.build(RESNET, 10)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
+    apply = jax.jit(lambda v: model.apply(v, IMAGES, train=True, mutable=["batch_stats"]))
+    _, mutated = apply(variables)
+    stem = inspection.outputs(model, variables, IMAGES, ["stem"])["stem"]
+    expected = 0.1 * np.mean(stem, axis=(0, 1, 2))
+    np.testing.assert_allclose(
+        mutated["batch_stats"]["stem_norm"]["mean"], expected, rtol=1e-4, atol=1e-6
+    )
+
+
 def test_parameters_of_resnet_are_a_contract_with_checkpoints():
     """A block has a shortcut where its input has another shape: here in three of four."""
     model = models.build(RESNET, 10)

@@ -36,7 +36,7 @@ class ResNet(nn.Module):
         """Returns the logits; with `train`, BatchNorm uses and records the batch's statistics."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         x = convolution(config.blocks[0][0], dtype=dtype, name="stem")(images)
-        x = BatchNorm(activation=config.activation, dtype=dtype, name="stem_norm")(x, not train)
+        x = batch_norm(activation=config.activation, dtype=dtype, name="stem_norm")(x, not train)
         for i, widths in enumerate(config.blocks, start=1):
             stride = 1 if i == 1 else 2
             x = Stage(widths, stride, config.activation, dtype, name=f"stage{i}")(x, train)
@@ -83,7 +83,7 @@ class ResidualBlock(nn.Module):
     ) -> Float[Array, "batch new_height new_width out"]:
         """Returns activation(shortcut(x) + norm2(conv2(activation(norm1(conv1(x))))))."""
         conv = partial(convolution, self.width, dtype=self.dtype)
-        norm = partial(BatchNorm, dtype=self.dtype)
+        norm = partial(batch_norm, dtype=self.dtype)
         strides = (self.stride, self.stride)
         y = conv(strides=strides, name="conv1")(x)
         y = norm(activation=self.activation, name="norm1")(y, not train)
@@ -106,6 +106,8 @@ class GlobalAveragePool(nn.Module):
         return jnp.mean(x, axis=(1, 2))
 
 
+# With linen's default of 0.99 the running statistics would lag behind in runs of a few epochs.
+batch_norm = partial(BatchNorm, momentum=0.9)
 # Without a bias, since the BatchNorm that follows subtracts the mean.
 convolution = partial(layers.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
