@@ -237,13 +237,13 @@ def _ignore_late_callbacks() -> None:
 
     After an error there may be one. Python would print its traceback, and nothing depends on it.
     """
-    before = sys.excepthook
+    before = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        if str(error) != "Event loop is closed":
-            before(kind, error, traceback)
+    def hook(late: Any) -> None:
+        if str(late.exc_value) != "Event loop is closed":
+            before(late)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 def _reason(error: BaseException) -> str:
