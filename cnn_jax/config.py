@@ -29,7 +29,19 @@ class DataConfig(Section, prefix="data."):
     dir: str = ""
     """The data_dir of tfds, or the folder of photos. Empty: $TFDS_DATA_DIR, else tfds' default."""
     image_size: int = 32
-    """Side in pixels that `digits` and `folder` images are scaled to; other sets keep their own."""
+    """Side in pixels of the `digits` and `folder` images that the network sees; other sets keep
+    their own."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How a photo becomes a square: its centre, all of it between gray borders, or all of it with
+    its sides scaled differently."""
+    crop: float = 1.0
+    """Share of each side of the square that the network sees, from its centre. Photos are stored
+    at image_size / crop, so that augment.random_crop can reach what lies around."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How photos are scaled."""
+    skip_broken: bool = False
+    """If a streamed photo can't be read any more, train on another one in its place and count it,
+    instead of ending the run."""
     classes: tuple[str, ...] = ()
     """Class names to keep, relabelled 0, 1, ... in this order. Empty: all."""
     images_per_class: int = 0
@@ -50,6 +62,7 @@ class DataConfig(Section, prefix="data."):
     def check(self) -> None:
         """Refuses values that are out of range."""
         _check(8 <= self.image_size <= 1024, "data.image_size must be from 8 to 1024")
+        _check(0 < self.crop <= 1, "data.crop must be in (0, 1]")
         _check(self.images_per_class >= 0, "data.images_per_class must be 0 (all) or more")
         _check(0 <= self.validation < 1, "data.validation must be in [0, 1)")
         _check(0 < self.test_fraction < 1, "data.test_fraction must be in (0, 1)")
@@ -68,8 +81,24 @@ class AugmentConfig(Section, prefix="augment."):
     random half of them, chosen once, in even epochs and the other half in odd ones."""
     translate: int = 0
     """Shift by up to this many pixels in each direction, reflecting at the border."""
+    random_crop: float = 0.0
+    """Train on a random rectangle of each image, scaled to the network's size: the smallest share
+    of the area that it may have, its sides between 3:4 and 4:3 (Szegedy et al., 2015). 0: off."""
+    color: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Largest changes of brightness, contrast and saturation, as factors from 1 - x to 1 + x, and
+    of hue, as a fraction of the colour circle up to 0.5."""
+    randaugment: tuple[int, float] = (0, 9.0)
+    """Number of random operations on each image, and their strength from 0 to 10 (Cubuk et al.,
+    2020)."""
     cutout: int = 0
     """Side in pixels of a square that is zeroed in each image (DeVries and Taylor, 2017)."""
+    erase: float = 0.0
+    """Probability that a random rectangle of an image is replaced by noise (Zhong et al., 2020)."""
+    mixup: float = 0.0
+    """Mix images and labels in pairs, with weights from Beta(x, x) (Zhang et al., 2018). 0: off."""
+    cutmix: float = 0.0
+    """Put a rectangle of another image, with its share of the label, into each image, its area from
+    Beta(x, x) (Yun et al., 2019). With mixup, each batch gets one of the two at random. 0: off."""
     test_time: Literal["none", "mirror", "mirror_translate"] = "none"
     """Average a trained network's logits over the image and its mirror image; `mirror_translate`
     adds two shifts of both by one pixel, with half the weight."""
@@ -77,25 +106,50 @@ class AugmentConfig(Section, prefix="augment."):
     @property
     def changes_training(self) -> bool:
         """Whether training images are changed."""
-        return bool(self.flip != "none" or self.translate or self.cutout)
+        off = AugmentConfig(test_time=self.test_time, randaugment=(0, self.randaugment[1]))
+        return self != off
 
     def check(self) -> None:
         """Refuses values that are out of range."""
         _check(self.translate >= 0, "augment.translate must be 0 or more")
         _check(self.cutout >= 0, "augment.cutout must be 0 or more")
+        _check(0 <= self.random_crop <= 1, "augment.random_crop must be in [0, 1]")
+        *factors, hue = self.color
+        _check(all(0 <= x <= 1 for x in factors), "augment.color must have factors in [0, 1]")
+        _check(0 <= hue <= 0.5, "augment.color must have a hue in [0, 0.5]")
+        operations, strength = self.randaugment
+        _check(operations >= 0, "augment.randaugment must have 0 operations or more")
+        _check(0 <= strength <= 10, "augment.randaugment must have a strength in [0, 10]")
+        _check(0 <= self.erase <= 1, "augment.erase must be in [0, 1]")
+        _check(self.mixup >= 0, "augment.mixup must be 0 (off) or more")
+        _check(self.cutmix >= 0, "augment.cutmix must be 0 (off) or more")
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section, prefix="model."):
     """The network. `models.build` turns it into a linen module."""
 
-    name: Annotated[str, Choices("simple_cnn", "vgg", "vgg16", "airbench", "resnet_small")] = (
-        "simple_cnn"
-    )
+    name: Annotated[
+        str,
+        Choices(
+            "simple_cnn",
+            "vgg",
+            "vgg16",
+            "airbench",
+            "resnet_small",
+            "resnet18",
+            "resnet34",
+            "resnet50",
+            "efficientnet_lite0",
+            "efficientnet_lite1",
+            "efficientnet_lite2",
+        ),
+    ] = "simple_cnn"
     """`simple_cnn` and `vgg` are the chapter's; `vgg16` averages the last feature maps to 7x7, as
-    the ImageNet network does; `airbench` is that of Jordan (2024), `resnet_small` that of He et al.
-    (2015), section 4.2. FILE.py:NAME is a function of this section and the number of classes that
-    returns a linen module."""
+    the ImageNet network does; `airbench` is that of Jordan (2024); `resnet_small` is that of He et
+    al. (2015), section 4.2, `resnet18` to `resnet50` those of table 1; `efficientnet_lite0` to
+    `lite2` are made for phones. FILE.py:NAME is a function of this section and the number of
+    classes that returns a linen module."""
     blocks: tuple[tuple[int, ...], ...] = ((50, 50),)
     """Filters of each 3x3 convolution, one list per block; each block halves the side. In
     `resnet_small`, filters of each residual block, one list per stage."""
@@ -104,7 +158,7 @@ class ModelConfig(Section, prefix="model."):
     the block's last convolution."""
     dense: tuple[int, ...] = (512,)
     """Units of each hidden dense layer."""
-    activation: Literal["relu", "tanh", "sigmoid", "gelu"] = "relu"
+    activation: Literal["relu", "relu6", "tanh", "sigmoid", "gelu"] = "relu"
     """The activation function after every layer but the last."""
     dropout: float = 0.0
     """Probability that a hidden dense unit is dropped in training."""
@@ -133,8 +187,8 @@ class InitConfig(Section, prefix="init."):
     """Initial parameters that are not drawn at random."""
 
     checkpoint: str = ""
-    """A run's workdir, a file of VGG16 weights (.safetensors), or hf:REPO of the Hugging Face hub.
-    Its network, image size and normalisation are used, except for fields that are set explicitly.
+    """A run's workdir, a file of weights (.safetensors), or hf:REPO of the Hugging Face hub. Its
+    network, image size and normalisation are used, except for fields that are set explicitly.
     Empty: all parameters are drawn at random."""
     skip: tuple[str, ...] = ()
     """Regular expressions: parameters whose full names match are not loaded. Example: head/.*"""
@@ -254,9 +308,14 @@ class TrainConfig(Section, prefix="train."):
     """Passes over the training images."""
     batch_size: int = 64
     """Images per step, on all devices together."""
-    loss: Annotated[str, Choices("cross_entropy", "mse")] = "cross_entropy"
-    """FILE.py:NAME is a function of logits [batch, classes] and labels [batch] that returns one
-    value per example."""
+    min_epoch_steps: int = 0
+    """Least steps in an epoch: a smaller training set is passed through several times in each."""
+    loss: Annotated[str, Choices("cross_entropy", "mse", "focal")] = "cross_entropy"
+    """`focal` is cross-entropy with less weight on examples that are predicted well (Lin et al.,
+    2017, gamma = 2). FILE.py:NAME is a function of logits [batch, classes] and labels [batch], or
+    with mixup or cutmix probabilities [batch, classes], that returns one value per example."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced`: weigh examples inversely to the number of training images of their class."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target probabilities (Szegedy et al., 2016)."""
     accumulate: int = 1
@@ -270,7 +329,10 @@ class TrainConfig(Section, prefix="train."):
     """Steps after which training continues from a slow average of the variables, which is also
     what is evaluated (Zhang et al., 2019; Jordan, 2024). 0: never."""
     patience: int = 0
-    """Stop after this many epochs without a better validation accuracy. 0: never."""
+    """Stop after this many epochs in which train.monitor is no better, and keep the best ones'
+    parameters. 0: never."""
+    monitor: Literal["accuracy", "balanced_accuracy", "macro_f1", "loss"] = "accuracy"
+    """The validation figure by which the best epoch is chosen."""
     skip_nonfinite: bool = False
     """Skip and count steps whose loss or gradient is not finite, instead of ending the run."""
 
@@ -293,6 +355,7 @@ class TrainConfig(Section, prefix="train."):
         both = self.ema_decay and self.lookahead_steps
         _check(not both, "train.lookahead_steps and train.ema_decay are two averages; set one")
         _check(self.patience >= 0, "train.patience must be 0 (off) or more")
+        _check(self.min_epoch_steps >= 0, "train.min_epoch_steps must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -302,6 +365,11 @@ class RuntimeConfig(Section, prefix="runtime."):
     kernels: Literal["auto", "cpu", "xla"] = "auto"
     """Convolutions, pools and dense layers use this project's CPU kernels (`cpu`) or XLA's own
     operations (`xla`); `auto` is `cpu` on a CPU and `xla` elsewhere. Results agree to rounding."""
+    storage: Literal["auto", "memory", "stream"] = "auto"
+    """Keep decoded images in memory, or decode photos again whenever they are needed; `auto`
+    streams what would fill more than a quarter of the free memory. Results are the same."""
+    workers: int = 0
+    """Processes that decode streamed photos. 0: threads instead."""
     cache_dir: str = ""
     """The folder of decoded images and compiled programs. Empty: the user's cache folder."""
     seeds: int = 1
@@ -319,6 +387,7 @@ class RuntimeConfig(Section, prefix="runtime."):
         _check(self.segment_steps > 0, "runtime.segment_steps must be positive")
         _check(self.checkpoint_seconds >= 0, "runtime.checkpoint_seconds must be 0 or more")
         _check(self.seeds > 0, "runtime.seeds must be positive")
+        _check(self.workers >= 0, "runtime.workers must be 0 or more")
 
 
 @dataclass(frozen=True)
