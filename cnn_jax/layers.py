@@ -20,6 +20,7 @@ Initializer = nn.initializers.Initializer
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
+    "relu6": nn.relu6,
     "tanh": nn.tanh,
     "sigmoid": nn.sigmoid,
     "gelu": partial(nn.gelu, approximate=False),
@@ -55,6 +56,38 @@ class Conv(nn.Module):
         x, relu = inputs.astype(self.dtype), self.activation == "relu"
         y = kernels.convolve(x, kernel, bias, self.strides, self.padding, relu, pool)
         return y if relu or self.activation is None else ACTIVATIONS[self.activation](y)
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution of each channel of NHWC images with its own kernel, and its activation.
+
+    It has the parameters of nn.Conv with as many groups as channels: `kernel` [height, width, 1,
+    channels] and `bias` [channels].
+    """
+
+    kernel_size: Pair = (3, 3)
+    strides: Pair = (1, 1)
+    padding: Padding = "SAME"
+    use_bias: bool = False
+    activation: str | None = None
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch new_height new_width channels"]:
+        """Returns feature maps of `dtype`."""
+        channels = inputs.shape[-1]
+        shape = (*self.kernel_size, 1, channels)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        x = inputs.astype(self.dtype)
+        y = kernels.convolve_depthwise(x, kernel, self.strides, self.padding)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (channels,)).astype(self.dtype)
+            y += bias.reshape(1, 1, 1, -1)
+        return y if self.activation is None else ACTIVATIONS[self.activation](y)
 
 
 class Dense(nn.Module):

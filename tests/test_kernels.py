@@ -424,6 +424,49 @@ def test_the_loops_with_relu_and_pool_move_the_bits_of_bfloat16_and_multiply_wha
         assert len(re.findall(r" dot\(", program(alone))) == n
 
 
+# Depthwise convolutions
+
+
+def plain_depthwise(x: jax.Array, kernel: jax.Array, strides, padding) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=NHWC,
+        feature_group_count=x.shape[-1],
+    )
+
+
+DEPTHWISE = list(
+    product(
+        [(8, 8), (7, 10)],
+        [((3, 3), (1, 1)), ((3, 3), (2, 2)), ((5, 5), (1, 1)), ((5, 5), (2, 2)), ((2, 3), (1, 2))],
+        ["SAME", "VALID", ((1, 0), (2, 1))],
+    )
+)
+
+
+@pytest.mark.parametrize(("size", "window", "padding"), DEPTHWISE)
+def test_depthwise_convolutions_and_their_gradients_equal_those_of_lax(size, window, padding):
+    shape, strides = window
+    x, kernel = normal(0, 4, *size, 18), normal(1, *shape, 1, 18)
+    ours, plain = (
+        lambda x, kernel, conv=conv: conv(x, kernel, strides, padding)
+        for conv in (kernels.convolve_depthwise, plain_depthwise)
+    )
+    exact = value_and_gradients(plain, x, kernel)
+    for actual, expected in zip(value_and_gradients(ours, x, kernel), exact, strict=True):
+        assert_close(actual, expected, 2e-6)
+    low = [array.astype(jnp.bfloat16) for array in (x, kernel)]
+    y, backward = jax.vjp(plain, *[array.astype(jnp.float32) for array in low])
+    dy = normal(9, *y.shape).astype(jnp.bfloat16).astype(jnp.float32)
+    for actual, expected in zip(value_and_gradients(ours, *low), (y, *backward(dy)), strict=True):
+        assert actual.dtype == jnp.bfloat16
+        assert_close(actual.astype(jnp.float32), expected, 2**-7)
+    assert_laxs(ours, plain, x, kernel)
+
+
 # Max pools
 
 POOLS = list(

@@ -68,18 +68,47 @@ def test_conv_has_the_parameters_values_and_gradients_of_linen(
         assert_close(actual, exact, 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("channels", "window", "strides", "padding", "use_bias", "choice"),
+    [
+        (5, (3, 3), (1, 1), "SAME", False, "cpu"),
+        (5, (3, 3), (2, 2), "SAME", True, "cpu"),
+        (16, (5, 5), (2, 2), ((1, 2), (2, 1)), False, "cpu"),
+        (16, (5, 5), (1, 1), "SAME", True, "xla"),
+    ],
+)
+def test_depthwise_conv_has_the_parameters_values_and_gradients_of_linen(
+    channels, window, strides, padding, use_bias: bool, choice: str
+):
+    x = normal(0, 2, 9, 8, channels)
+    settings = {"padding": padding, "use_bias": use_bias, "bias_init": nn.initializers.normal()}
+    ours = layers.DepthwiseConv(window, strides, activation="relu6", **settings)
+    linen = nn.Conv(channels, window, strides, feature_group_count=channels, **settings)
+    variables = linen.init(jax.random.key(0), x)
+    with kernels.use(choice):
+        same = ours.init(jax.random.key(0), x)
+        found = value_and_gradients(ours.apply, variables, x)
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
+    expected = value_and_gradients(lambda v, x: nn.relu6(linen.apply(v, x)), variables, x)
+    for actual, exact in zip(found, expected, strict=True):
+        assert_close(actual, exact, 2e-6)
+
+
 @pytest.mark.parametrize("activation", [None, *layers.ACTIVATIONS])
 def test_layers_return_what_follows_their_activation(activation: str | None):
     functions = {
         None: lambda x: x,
         "relu": lambda x: np.maximum(x, 0),
+        "relu6": lambda x: np.clip(x, 0, 6),
         "tanh": np.tanh,
         "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
         "gelu": lambda x: x * (1 + jax.scipy.special.erf(x / np.sqrt(2))) / 2,
     }
-    images, rows = normal(0, 2, 4, 4, 3), normal(0, 2, 5)
+    images, rows = 4 * normal(0, 2, 4, 4, 4), 4 * normal(0, 2, 5)
+    depthwise = nn.Conv(4, (3, 3), feature_group_count=4, use_bias=False)
     for linear, layer, x in (
         (nn.Conv(4, (3, 3)), layers.Conv(4, activation=activation), images),
+        (depthwise, layers.DepthwiseConv(activation=activation), images),
         (nn.Dense(4), layers.Dense(4, activation=activation), rows),
     ):
         variables = linear.init(jax.random.key(1), x)
@@ -91,6 +120,7 @@ def test_layers_return_what_follows_their_activation(activation: str | None):
 def test_layers_compute_in_their_type_and_keep_parameters_of_float32(dtype: Any):
     for layer, x in (
         (layers.Conv(4, activation="gelu", dtype=dtype), normal(0, 2, 4, 4, 3)),
+        (layers.DepthwiseConv(use_bias=True, dtype=dtype), normal(0, 2, 4, 4, 3)),
         (layers.Dense(4, activation="gelu", dropout=0.5, dtype=dtype), normal(0, 2, 5)),
     ):
         y, variables = layer.init_with_output(jax.random.key(0), x)

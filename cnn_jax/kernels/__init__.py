@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from cnn_jax import mesh
 from cnn_jax.kernels import conv as cpu_conv
 from cnn_jax.kernels import dense as cpu_dense
+from cnn_jax.kernels import depthwise as cpu_depthwise
 from cnn_jax.kernels import pool as cpu_pool
 
 Padding = str | Sequence[tuple[int, int]]
@@ -85,6 +86,27 @@ def convolve(
         y += bias.reshape(1, 1, 1, -1)
     y = nn.relu(y) if relu else y
     return max_pool(y) if pool else y
+
+
+def convolve_depthwise(
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "kernel_height kernel_width 1 channels"],
+    strides: Pair = (1, 1),
+    padding: Padding = "SAME",
+) -> Float[Array, "batch new_height new_width channels"]:
+    """Returns the convolution of each channel with its own kernel; the arrays share one type."""
+    pads = _to_pads(padding, x.shape, kernel.shape[:2], strides)
+    is_fast_type = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
+    if is_fast_type and active() == "cpu":
+        return cpu_depthwise.conv_depthwise(x, kernel, strides, pads)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        pads,
+        dimension_numbers=cpu_conv.NHWC,
+        feature_group_count=x.shape[-1],
+    )
 
 
 def max_pool(
