@@ -404,7 +404,7 @@ def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path):
     pixels = np.full((9, 9), np.nan, np.float32)
     Image.fromarray(pixels).save(tmp_path / "nan.tif")
     with pytest.raises(UserError, match=r"nan.tif can't be read .*floats of unknown range"):
-        photos.load_image(tmp_path / "nan.tif", 8)
+        photos.load_image(tmp_path / "nan.tif", photos.Layout(8))
     images = np.full((3, 8, 8, 3), np.nan, np.float32)
     split = Split(images, np.arange(3, dtype=np.int32))
     with pytest.raises(UserError, match="images must be uint8"):
@@ -417,7 +417,7 @@ from cnn_jax.data import photos
 from cnn_jax.errors import UserError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    photos.load_image(sys.argv[1], 8)
+    photos.load_image(sys.argv[1], photos.Layout(8))
 except UserError as error:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
 """

@@ -141,7 +141,7 @@ OLD_CONFIG = json.dumps(
 
 READERS = {
     "image": Reader(
-        lambda path: photos.load_image(path, 8),
+        lambda path: photos.load_image(path, photos.Layout(8)),
         (
             image_bytes("JPEG"),
             image_bytes("JPEG", progressive=True),

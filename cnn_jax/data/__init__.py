@@ -10,10 +10,10 @@ from functools import partial
 from absl import logging
 
 from cnn_jax.config import DataConfig
-from cnn_jax.data import cache, custom, digits, photo_folder, split, tfds
+from cnn_jax.data import cache, custom, digits, photo_folder, photos, split, tfds
 from cnn_jax.data.cache import cache_folder
 from cnn_jax.data.dataset import ImageDataset, Source, Split, check
-from cnn_jax.errors import UserError, one_line, printable
+from cnn_jax.errors import UserError, one_line
 from cnn_jax.values import is_user_code
 
 __all__ = [
@@ -46,10 +46,7 @@ def load(config: DataConfig, cache_dir: str = "") -> ImageDataset:
     except (OSError, MemoryError) as error:
         raise UserError(f"data.name={config.name} can't be read: {one_line(error)}") from None
     if decoded.skipped:
-        message = "%s: %d files skipped, the first: %s"
-        logging.warning(
-            message, source.description, len(decoded.skipped), printable(decoded.skipped[0])
-        )
+        logging.warning("%s: %s", source.description, photos.skipped_line(decoded.skipped))
     names = config.classes or decoded.class_names
     parts = {p: split.select(s, decoded.class_names, names) for p, s in decoded.parts.items()}
     set_aside = partial(split.set_aside, class_names=names, seed=config.split_seed)

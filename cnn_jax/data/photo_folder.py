@@ -29,6 +29,7 @@ def source(config: DataConfig) -> Source:
     if not root.is_dir():
         raise UserError(f"data.dir={config.dir} is not a folder")
     skipped: list[str] = []
+    layout = photos.Layout.of(config)
     listing = {
         part: _class_files(folder, root, skipped) for part, folder in _part_folders(root).items()
     }
@@ -41,10 +42,10 @@ def source(config: DataConfig) -> Source:
     paths = [path for files in listing.values() for paths in files.values() for path in paths]
     return Source(
         name="folder",
-        identity=f"{root.resolve()} {config.image_size}",
+        identity=f"{root.resolve()} {layout}",
         fingerprint=digest(file_states(paths, root), skipped),
         description=f"folder {root}",
-        decode=lambda: _decode(root, listing, skipped, config.image_size),
+        decode=lambda: _decode(root, listing, skipped, layout),
     )
 
 
@@ -77,7 +78,10 @@ def _class_files(folder: Path, root: Path, skipped: list[str]) -> dict[str, list
 
 
 def _decode(
-    root: Path, listing: Mapping[str, Mapping[str, list[Path]]], skipped: list[str], size: int
+    root: Path,
+    listing: Mapping[str, Mapping[str, list[Path]]],
+    skipped: list[str],
+    layout: photos.Layout,
 ) -> Decoded:
     parts, unread = {}, list(skipped)
     names = tuple(listing["train"])
@@ -85,7 +89,7 @@ def _decode(
         paths = [path for name in names for path in classes[name]]
         counts = [len(classes[name]) for name in names]
         labels = np.repeat(np.arange(len(names), dtype=np.int32), counts)
-        images, reasons = photos.read_images(paths, size)
+        images, reasons = photos.read_images(paths, layout)
         readable = np.array([not reason for reason in reasons], bool)
         unread += [
             f"{path.relative_to(root)}: {reason}"

@@ -1,45 +1,148 @@
-"""Reads image files of any size and colour mode, and names those that can't be read."""
+"""Reads image files of any size and colour mode, and names those that can't be read.
+
+What a file is, its content says and not its name. A photo becomes a square as a `Layout` describes;
+training, evaluation, prediction and export share it.
+"""
 
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
+from cnn_jax.config import DataConfig
 from cnn_jax.errors import UserError, one_line, printable
 
-# HEIC can't be decoded, but such files are photos: they are listed, and reported as unreadable.
-_SUFFIXES = re.compile(r"\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|ppm|pgm|avif|hei[cf])", re.IGNORECASE)
+# Pillow warns of odd metadata, which cost no pixel. This is no context manager, as these are not
+# safe in threads before Python 3.14.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 # The formats are listed because Pillow would pass a disguised PostScript file to an interpreter.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
+_UNKNOWN = "not an image of a known format"
+_CONVERT = "can't be read; convert it to JPEG or PNG, as `magick mogrify -format jpg FILES` does"
+_UNREADABLE = {
+    "HEIC": f"HEIC (an iPhone's format) {_CONVERT}",
+    "JXL": f"JPEG XL {_CONVERT}",
+    "JP2": f"JPEG 2000 {_CONVERT}",
+    "RAW": f"a camera's raw format {_CONVERT}",
+}
+"""Formats of photos that are recognised only to say what to do about them."""
+_RAW = re.compile(r"\.(dng|cr[23w]|nef|nrw|arw|sr[2fw]|orf|rw2|pef|raf|3fr)", re.IGNORECASE)
+# Most photos need not be opened to know that they are meant to be photos.
+_SUFFIXES = re.compile(r"\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|ppm|pgm|avif)", re.IGNORECASE)
+_MAGIC = (
+    (re.compile(rb"\xff\xd8\xff"), "JPEG"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG"),
+    (re.compile(rb"GIF8[79]a"), "GIF"),
+    (re.compile(rb"BM.{4}\0{4}", re.DOTALL), "BMP"),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "WEBP"),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), "TIFF"),
+    (re.compile(rb"P[1-6]\s"), "PPM"),
+    (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "AVIF"),
+    (re.compile(rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL), "HEIC"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "JXL"),
+    (re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  "), "JP2"),
+)
+# What file managers, archives and disk stations leave beside photos; @eaDir holds thumbnails.
+_NO_PHOTOS = {
+    *("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"),
+    *("Thumbs.db", "desktop.ini"),
+}
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_GRAY = (128, 128, 128)
+"""The borders of data.fit=pad."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a photo upright, by its EXIF orientation (tag 0x0112)."""
 
 
-def load_image(path: str | os.PathLike[str], size: int) -> np.ndarray:
-    """Returns an image file as uint8 [size, size, 3] in RGB.
+@dataclass(frozen=True)
+class Layout:
+    """How a photo becomes a square: all that its pixels depend on beside the file itself."""
 
-    The EXIF rotation is applied, then the largest centred square is cropped and scaled to `size`.
-    Palettes, CMYK and gray are converted to RGB, 16-bit gray to 8 bits, and transparent pixels to
-    white. Of an animation, the first frame is read.
+    side: int
+    """Side of the square in pixels."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """`crop`: its centre; `pad`: all of it between gray borders; `stretch`: all of it, with its
+    sides scaled differently."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Layout":
+        """Returns the layout in which photos are stored, of which a network may see the centre."""
+        return cls(round(config.image_size / config.crop), config.fit, config.interpolation)
+
+
+def load_image(path: str | os.PathLike[str], layout: Layout) -> np.ndarray:
+    """Returns an image file as uint8 [side, side, 3] in RGB.
+
+    The EXIF rotation is applied, then the photo is scaled as `layout` says: `crop` with bicubic
+    interpolation gives the pixels of torchvision's Resize and CenterCrop, by which timm evaluates.
+    Palettes, CMYK and gray are converted to RGB, and transparent pixels to white. Gray of 16 bits
+    becomes 8: of the depths 8, 10, 12, 14 and 16, its range is the smallest that holds it. Of an
+    animation, the first frame is read. Safe in threads, and can be sent to other processes.
 
     Raises:
         UserError: the file is missing, damaged, not an image, or larger than any photo (a
             decompression bomb).
     """
     try:
-        with _pillow_warnings():
-            return _read_image(Path(path), size)
+        return _read_image(Path(path), layout)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files.
-        raise UserError(f"{os.fspath(path)} can't be read as an image: {_reason(error)}") from None
+        reason = _reason(error, path)
+        raise UserError(f"{os.fspath(path)} can't be read as an image: {reason}") from None
+
+
+def read_images(
+    paths: Sequence[Path], layout: Layout, done: Callable[[], None] = lambda: None
+) -> tuple[np.ndarray, list[str]]:
+    """Reads several files with four threads, the broken ones too.
+
+    Args:
+        paths: the files.
+        layout: how photos become squares.
+        done: called after each file, from several threads.
+
+    Returns:
+        Images, uint8 [n, side, side, 3], and the reason why each can't be read, or "". The pixels
+        of a file that can't be read are undefined.
+    """
+    images = np.empty((len(paths), layout.side, layout.side, 3), np.uint8)
+
+    def read(index: int) -> str:
+        try:
+            images[index] = _read_image(paths[index], layout)
+        except Exception as error:  # Pillow's decoders raise almost anything on damaged files.
+            return _reason(error, paths[index])
+        finally:
+            done()
+        return ""
+
+    # Pillow decodes without the interpreter's lock. Each thread holds a whole photo in memory.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return images, list(pool.map(read, range(len(paths))))
 
 
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
     """Returns `path` itself if it is a file, else every image file below the folder, sorted.
+
+    What lies in the folder and is no image that can be read is counted in a warning.
 
     Raises:
         UserError: there is no such file or folder, or the folder contains no image file.
@@ -50,90 +153,213 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder")
     files, skipped = image_files(path, path)
-    if skipped:
-        logging.warning(
-            "%s: %d files skipped, the first: %s", path, len(skipped), printable(skipped[0])
-        )
     if not files:
-        raise UserError(f"{path} holds no image files such as .jpg or .png")
+        first = f"; {printable(skipped[0])}" if skipped else ""
+        raise UserError(f"{path} holds no image files such as .jpg or .png{first}")
+    if skipped:
+        logging.warning("%s: %s", path, skipped_line(skipped))
     return files
-
-
-def read_images(paths: Sequence[Path], size: int) -> tuple[np.ndarray, list[str]]:
-    """Returns images, uint8 [n, size, size, 3], and the reason why each can't be read, or ""."""
-    images = np.empty((len(paths), size, size, 3), np.uint8)
-
-    def read(index: int) -> str:
-        try:
-            images[index] = _read_image(paths[index], size)
-        except Exception as error:  # Pillow's decoders raise almost anything on damaged files.
-            return _reason(error)
-        return ""
-
-    # Pillow decodes without the interpreter's lock. Each thread holds a whole photo in memory.
-    with _pillow_warnings(), ThreadPoolExecutor(max_workers=4) as pool:
-        return images, list(pool.map(read, range(len(paths))))
 
 
 def image_files(folder: Path, root: Path) -> tuple[list[Path], list[str]]:
     """Returns the image files below `folder`, sorted, and "path: reason" for what it skips.
+
+    A file with the suffix of an image is one, and so is a file whose first bytes are those of an
+    image. Hidden files and folders, whose names start with a dot, are passed over in silence.
 
     Args:
         folder: the folder to search, with its subfolders.
         root: `folder` or one of its parents. The paths in the reasons are relative to it, and
             links that leave it are skipped.
     """
+    files: list[Path] = []
+    skipped: list[str] = []
     inside = root.resolve()
-    files, skipped = [], []
 
-    def skip(path: str | Path, reason: str | None) -> None:
-        skipped.append(f"{Path(path).relative_to(root)}: {reason}")
+    def skip(path: str, reason: str) -> None:
+        skipped.append(f"{os.path.relpath(path, root)}: {reason}")
 
-    walk = os.walk(folder, onerror=lambda error: skip(error.filename, error.strerror))
-    for parent, folders, names in walk:
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(parent, name) for name in folders):
-            if path.is_symlink():
-                skip(path, "a link to a folder is not followed")
-        for path in (Path(parent, name) for name in names):
-            if path.name.startswith(".") or not _SUFFIXES.fullmatch(path.suffix):
+    folders = [str(folder)]
+    while folders:
+        parent = folders.pop()
+        try:
+            entries = list(os.scandir(parent))
+        except OSError as error:
+            skip(parent, error.strerror or one_line(error))
+            continue
+        for entry in entries:
+            if is_hidden(entry.name):
                 continue
-            if not path.is_file():
-                skip(path, "not a file")
-            elif path.is_symlink() and not path.resolve().is_relative_to(inside):
-                skip(path, "a link that leaves the folder")
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif reason := _why_not_read(entry, inside):
+                skip(entry.path, reason)
             else:
-                files.append(path)
+                files.append(Path(entry.path))
     return sorted(files), sorted(skipped)
 
 
-@contextmanager
-def _pillow_warnings() -> Iterator[None]:
-    """Turns Pillow's warning of decompression bombs into an error, and silences its others."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or folder is passed over in silence, by its name."""
+    return name.startswith(".") or name in _NO_PHOTOS
 
 
-def _read_image(path: Path, size: int) -> np.ndarray:
-    with Image.open(path, formats=_FORMATS) as opened:
-        # libjpeg then decodes a large photo at 1/2 to 1/8 of its size, up to ten times faster.
-        opened.draft(None, (2 * size, 2 * size))
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):
-            gray = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-            image = Image.fromarray((gray * 255 // 65535).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("its pixels are floats of unknown range")
+def skipped_line(skipped: Sequence[str], kinds: int = 4) -> str:
+    """Returns how many files were skipped, with the first one of each reason.
+
+    Args:
+        skipped: "path: reason" for each of them, one or more.
+        kinds: the number of different reasons that are named.
+    """
+    first: dict[str, list[str]] = {}
+    for line in skipped:
+        kind = re.sub(r"\d+", "0", line.partition(": ")[2])  # Some count pixels or bytes.
+        first.setdefault(kind, []).append(line)
+    named = [
+        printable(lines[0]) + (f" (and {len(lines) - 1} more like it)" if lines[1:] else "")
+        for lines in [*first.values()][:kinds]
+    ]
+    return f"{len(skipped)} files skipped, the first: {'; '.join(named)}"
+
+
+def _why_not_read(entry: os.DirEntry[str], inside: Path) -> str:
+    """Returns why a directory's entry is no image file, or ""."""
+    try:
+        if entry.is_symlink():
+            if entry.is_dir():
+                return "a link to a folder is not followed"
+            if entry.is_file() and not Path(entry.path).resolve().is_relative_to(inside):
+                return "a link that leaves the folder"
+        if not entry.is_file():
+            return "not a file"
+        if _SUFFIXES.fullmatch(os.path.splitext(entry.name)[1]):
+            return ""
+        kind = _kind(entry.path)
+    except OSError as error:
+        return error.strerror or one_line(error)
+    return _UNREADABLE.get(kind, "") if kind else _UNKNOWN
+
+
+def _kind(path: str | os.PathLike[str]) -> str:
+    """Returns what kind of image a file is by its first bytes, or "".
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(16)
+    kind = next((kind for magic, kind in _MAGIC if magic.match(head)), "")
+    # Many raw formats are TIFF files with a thumbnail as the first image.
+    return "RAW" if kind in ("TIFF", "") and _RAW.fullmatch(Path(path).suffix) else kind
+
+
+def _read_image(path: Path, layout: Layout) -> np.ndarray:
+    with _open(path) as opened:
+        _shrink(opened, layout)
+        image = _eight_bits(opened)
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+        if method := _UPRIGHT.get(_orientation(opened)):
+            image = image.transpose(method)
+    size, box = _scaling(image.size, layout)
+    image = image.resize(size, _FILTERS[layout.interpolation], box)
+    if image.mode == "RGBA":
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    if layout.fit == "pad":
+        square = Image.new("RGB", (layout.side, layout.side), _GRAY)
+        square.paste(image, ((layout.side - size[0]) // 2, (layout.side - size[1]) // 2))
+        image = square
+    return np.asarray(image)
 
 
-def _reason(error: BaseException) -> str:
+def _open(path: Path) -> Image.Image:
+    kind = _kind(path)
+    if kind in _UNREADABLE:
+        raise ValueError(_UNREADABLE[kind])
+    if kind == "JPEG":
+        # Image.open would judge a JPEG by its full size, and read its list of further pictures.
+        return JpegImagePlugin.JpegImageFile(str(path))
+    return Image.open(path, formats=_FORMATS)
+
+
+def _shrink(image: Image.Image, layout: Layout) -> None:
+    """Lets libjpeg decode a large photo at 1/2 to 1/8 of its size, up to ten times faster.
+
+    What it decodes is at least twice as large as the square in each direction that is kept.
+
+    Raises:
+        ValueError: more pixels would be held in memory than Pillow's limit for images.
+    """
+    full = image.width * image.height
+    least = 2.0 * layout.side
+    if layout.fit == "pad":
+        scale = least / max(image.size)
+        image.draft(None, (max(int(image.width * scale), 1), max(int(image.height * scale), 1)))
+    else:
+        image.draft(None, (int(least), int(least)))
+    held = image.width * image.height
+    if image.info.get("progressive"):
+        # libjpeg holds the coefficients of all of it, two bytes for each of one to three channels.
+        held = max(held, full // 2)
+    if held > (Image.MAX_IMAGE_PIXELS or held):
+        raise ValueError(f"{full:,} pixels are more than a photo has (a decompression bomb)")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation, 1 to 8. Whatever else is wrong with the EXIF is ignored."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # Pillow parses EXIF as it goes; damaged tags raise almost anything.
+        return 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Decodes an image, and scales gray of up to 16 bits to 8.
+
+    Raises:
+        ValueError: its values have an unknown range.
+    """
+    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+    image.load()
+    if image.mode.startswith("I"):
+        gray = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        # Cameras and scanners of 12 bits, for example, store these in 16: scaled by 16, all of
+        # such a picture would be black.
+        most = next(m for bits in (8, 10, 12, 14, 16) if gray.max() <= (m := 2**bits - 1))
+        return Image.fromarray((gray * 255 // most).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range")
+    # Of 16-bit colours Pillow keeps the upper 8 bits.
+    if deep and max(high for _, high in image.getextrema()[:3]) < 2**4:  # pyright: ignore
+        raise ValueError("its 16-bit colours use 12 bits or fewer; save it with 8 bits a channel")
+    return image
+
+
+def _scaling(
+    size: tuple[int, int], layout: Layout
+) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
+    """Returns the size to scale a photo to, and the part of it that is scaled."""
+    width, height = size
+    side = layout.side
+    whole = (0.0, 0.0, float(width), float(height))
+    if layout.fit == "stretch":
+        return (side, side), whole
+    if layout.fit == "pad":
+        scale = side / max(width, height)
+        return (max(round(width * scale), 1), max(round(height * scale), 1)), whole
+    # torchvision scales the short side to `side` and the long one to a whole number of pixels, and
+    # cuts the centre at whole pixels; this is the same rectangle before scaling.
+    box = [0.0, 0.0, float(width), float(height)]
+    axis = 0 if width > height else 1
+    scaled = side * max(size) // min(size)
+    start = round((scaled - side) / 2)
+    box[axis], box[axis + 2] = (x * max(size) / scaled for x in (start, start + side))
+    return (side, side), (box[0], box[1], box[2], box[3])
+
+
+def _reason(error: BaseException, path: str | os.PathLike[str]) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
-    return one_line(error)
+        return _UNKNOWN
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line(error).replace(os.fspath(path), Path(path).name)

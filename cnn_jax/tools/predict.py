@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ def run(request: Request) -> None:
         raise UserError("--mode=predict needs image files or folders after the flags")
     check_config(request.workdir, request.config)
     predictor = load_predictor(request.workdir, request.config, request.checkpoint)
-    files, images = _read_images(request.paths, predictor.image_shape[0])
+    layout = replace(photos.Layout.of(predictor.config.data), side=predictor.image_shape[0])
+    files, images = _read_images(request.paths, layout)
     predictions = [
         {
             "file": str(file),
@@ -41,13 +43,13 @@ def run(request: Request) -> None:
         print(printable(f"{p['file']}: {p['class']} ({p['probability']:.1%})"))
 
 
-def _read_images(paths: tuple[str, ...], size: int) -> tuple[list[Path], np.ndarray]:
+def _read_images(paths: tuple[str, ...], layout: photos.Layout) -> tuple[list[Path], np.ndarray]:
     files: list[Path] = []
     images: list[np.ndarray] = []
     for path in map(Path, paths):
         for file in photos.list_images(path):
             try:
-                images.append(photos.load_image(file, size))
+                images.append(photos.load_image(file, layout))
             except UserError as error:
                 if file == path:
                     raise
