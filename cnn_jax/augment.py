@@ -17,7 +17,7 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 RATIOS = (3 / 4, 4 / 3)
 """Width by height of random rectangles (Szegedy et al., 2015)."""
-_CROP, _COLOR, _RANDAUGMENT, _ERASE = range(4)
+_CROP, _COLOR, _RANDAUGMENT, _ERASE, _MIX = range(5)
 """What a change's key is folded with; flip, translate and cutout split theirs instead."""
 
 
@@ -26,21 +26,19 @@ def training_view(
     key: Key[Array, ""],
     data: DataConfig,
     config: AugmentConfig,
-    side: int,
 ) -> Float[Array, "batch height width channels"]:
     """Returns the changed, normalised images that the network is trained on.
 
-    In this order: random or centre crop to `side`, colour jitter, RandAugment, erasing, all on
-    pixels in [0, 1]; normalisation; flip, translate and cutout (`augment`). Each has a key of its
-    own, so that what one draws does not depend on whether another is on. Alternating flips precede
-    (`alternate_flip`), and mixing follows (`mix`).
+    In this order: a random or centre crop to what the network sees of stored images, colour jitter,
+    RandAugment, erasing, all on pixels in [0, 1]; normalisation; flip, translate and cutout
+    (`augment`). Each has a key of its own, so that what one draws does not depend on whether
+    another is on. Alternating flips precede (`alternate_flip`), and mixing follows (`mix`).
     """
+    height, width, _ = data.seen(images.shape[1:])
     if config.random_crop:
-        height, width = images.shape[1:3]
-        size = (height, width) if data.crop == 1 else (side, side)
-        images = random_resized_crop(images, _key(key, _CROP), size, config.random_crop)
+        images = random_resized_crop(images, _key(key, _CROP), (height, width), config.random_crop)
     elif data.crop < 1:
-        images = centre_crop(images, side)
+        images = centre_crop(images, height)
     unit = images.astype(jnp.float32) / 255
     if any(config.color):
         unit = distort.color_jitter(unit, _key(key, _COLOR), config.color)
@@ -52,11 +50,11 @@ def training_view(
 
 
 def evaluation_view(
-    images: UInt8[Array, "batch stored_height stored_width channels"], data: DataConfig, side: int
+    images: UInt8[Array, "batch stored_height stored_width channels"], data: DataConfig
 ) -> Float[Array, "batch height width channels"]:
     """Returns what the network sees outside training: the centre of each image, normalised."""
     if data.crop < 1:
-        images = centre_crop(images, side)
+        images = centre_crop(images, data.seen(images.shape[1:])[0])
     return normalize(images, data.normalize)
 
 
@@ -224,7 +222,7 @@ def mix(
         The images, and target probabilities.
     """
     n, height, width, _ = images.shape
-    choice_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 4)
+    choice_key, mixup_key, cutmix_key, place_key = jax.random.split(_key(key, _MIX), 4)
     own = jnp.ones((n, 1, 1, 1))
     if mixup:
         own = jax.random.beta(mixup_key, mixup, mixup, own.shape)
@@ -337,4 +335,4 @@ def test_time_views(
         padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
         shifted = [padded[:, :-2, :-2], padded[:, 2:, 2:]]
     weighted = [(0.25 if shifted else 0.5, images), *((0.125, view) for view in shifted)]
-    return [(weight, view[:, :, ::step]) for weight, view in weighted for step in (1, -1)]
+    return [pair for w, view in weighted for pair in ((w, view), (w, jnp.flip(view, axis=2)))]

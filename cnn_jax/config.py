@@ -59,6 +59,11 @@ class DataConfig(Section, prefix="data."):
     """Mean and standard deviation of each channel: pixels in [0, 1] become (x - mean) / std. The
     chapter leaves pixels as they are."""
 
+    def seen(self, stored: Sequence[int]) -> tuple[int, int, int]:
+        """Returns the shape [height, width, channels] of what the network sees of stored images."""
+        height, width, channels = stored
+        return round(self.crop * height), round(self.crop * width), channels
+
     def check(self) -> None:
         """Refuses values that are out of range."""
         _check(8 <= self.image_size <= 1024, "data.image_size must be from 8 to 1024")
@@ -151,20 +156,22 @@ class ModelConfig(Section, prefix="model."):
     `lite2` are made for phones. FILE.py:NAME is a function of this section and the number of
     classes that returns a linen module."""
     blocks: tuple[tuple[int, ...], ...] = ((50, 50),)
-    """Filters of each 3x3 convolution, one list per block; each block halves the side. In
-    `resnet_small`, filters of each residual block, one list per stage."""
+    """Filters of each 3x3 convolution, one list per block; each block halves the side. In residual
+    networks, filters of each residual block, one list per stage. Empty: as in the network's paper,
+    where its name stands for one size."""
     pooling: Literal["max", "average", "stride"] = "max"
     """Downsampling at the end of each block of a VGG: 2x2 max or average pooling, or stride 2 in
     the block's last convolution."""
     dense: tuple[int, ...] = (512,)
     """Units of each hidden dense layer."""
-    activation: Literal["relu", "relu6", "tanh", "sigmoid", "gelu"] = "relu"
+    activation: Literal["relu", "tanh", "sigmoid", "gelu"] = "relu"
     """The activation function after every layer but the last."""
     dropout: float = 0.0
-    """Probability that a hidden dense unit is dropped in training."""
+    """Probability that a hidden dense unit is dropped in training; in networks without hidden dense
+    layers, an input of the head."""
     initializer: Literal["glorot_uniform", "he_uniform", "narrow_uniform"] = "glorot_uniform"
     """Kernels are drawn from U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), sqrt(6 / fan_in) or
-    0.01; `airbench` and `resnet_small` have their own initial values."""
+    0.01; residual networks and `airbench` have their own initial values."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of the arithmetic; parameters are always float32."""
 
@@ -172,14 +179,8 @@ class ModelConfig(Section, prefix="model."):
         """Refuses what no network can have; `models.build` refuses what the chosen one can't."""
         widths = [*(w for block in self.blocks for w in block), *self.dense]
         _check(all(w > 0 for w in widths), "model.blocks and model.dense must be positive widths")
-        _check(
-            bool(self.blocks) and all(self.blocks), "model.blocks must have widths in each block"
-        )
+        _check(all(self.blocks), "model.blocks must have widths in each block")
         _check(0 <= self.dropout < 1, "model.dropout must be in [0, 1)")
-        _check(
-            not self.dropout or bool(self.dense) or is_user_code(self.name),
-            "model.dropout follows the hidden dense layers, and model.dense has none",
-        )
 
 
 @dataclass(frozen=True)

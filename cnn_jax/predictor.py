@@ -12,11 +12,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from cnn_jax import augment, kernels, mesh, metrics
-from cnn_jax.config import Config
+from cnn_jax.config import Config, DataConfig
 from cnn_jax.models import inspection
 
-# Large enough to fill the cores, small enough that activations of VGG stay in a few hundred MB.
+# Images predicted at once, and their pixels: large enough to fill the cores, small enough that
+# activations stay in a few hundred MB.
 BATCH_SIZE = 250
+_BATCH_PIXELS = 32 * 224 * 224
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +31,14 @@ class Predictor:
     """The collections "params" and, with batch norm, "batch_stats"."""
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
-    """Height, width and channels of an image."""
+    """Height, width and channels of a stored image, of which the network sees `data.crop`."""
     step: int = 0
     """The number of training steps that led to these parameters."""
+
+    @property
+    def seen_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what the network sees of an image."""
+        return self.config.data.seen(self.image_shape)
 
     def logits(
         self, images: UInt8[np.ndarray, "n height width 3"], test_time: str | None = None
@@ -66,13 +73,15 @@ class Predictor:
 
     def _in_batches(self, function: Callable[..., Any], images: np.ndarray, **static: Any) -> Any:
         n = len(images)
-        size = min(BATCH_SIZE, n)
+        height, width = images.shape[1:3]
+        size = min(BATCH_SIZE, max(_BATCH_PIXELS // (height * width), 1), n)
         size += -size % mesh.device_count()
         n_batches = -(-n // size)
         padded = np.zeros((n_batches * size, *images.shape[1:]), np.uint8)
         padded[:n] = images
         batches = mesh.replicate(padded.reshape(n_batches, size, *images.shape[1:]))
-        static["normalization"] = self.config.data.normalize
+        data = self.config.data
+        static["data"] = DataConfig(crop=data.crop, normalize=data.normalize)
         with kernels.use(self.config.runtime.kernels):
             results = function(self.model, self.variables, batches, **static)
         return jax.tree.map(
@@ -85,11 +94,11 @@ def forward(
     variables: Any,
     images: UInt8[jax.Array, "batch height width 3"],
     *,
-    normalization: augment.Normalization,
+    data: DataConfig,
     test_time: str,
 ) -> Float[jax.Array, "batch classes"]:
-    """Returns the logits of images, averaged over the views that `test_time` names."""
-    normal = augment.normalize(images, normalization)
+    """Returns the logits of stored images, averaged over the views that `test_time` names."""
+    normal = augment.evaluation_view(images, data)
     weights, views = zip(*augment.test_time_views(normal, test_time), strict=True)
     if len(views) == 1:
         return model.apply(variables, normal)  # pyright: ignore
@@ -97,33 +106,34 @@ def forward(
     return jnp.tensordot(jnp.array(weights), each, 1)  # pyright: ignore
 
 
-@partial(jax.jit, static_argnames=("model", "normalization", "test_time"))
+@partial(jax.jit, static_argnames=("model", "data", "test_time"))
 def _logits(
     model: nn.Module,
     variables: Any,
     batches: jax.Array,
     *,
-    normalization: augment.Normalization,
+    data: DataConfig,
     test_time: str,
 ) -> jax.Array:
     def of_batch(images: jax.Array) -> jax.Array:
         images = mesh.shard(images)
-        return forward(model, variables, images, normalization=normalization, test_time=test_time)
+        return forward(model, variables, images, data=data, test_time=test_time)
 
     return mesh.gather(jax.lax.map(of_batch, batches))
 
 
-@partial(jax.jit, static_argnames=("model", "normalization", "names"))
+@partial(jax.jit, static_argnames=("model", "data", "names"))
 def _activations(
     model: nn.Module,
     variables: Any,
     batches: jax.Array,
     *,
-    normalization: augment.Normalization,
+    data: DataConfig,
     names: tuple[str, ...],
 ) -> list[jax.Array]:
     def of_batch(images: jax.Array) -> list[jax.Array]:
-        normal = augment.normalize(mesh.shard(images), normalization)
+        images = mesh.shard(images)
+        normal = augment.evaluation_view(images, data)
         found = inspection.outputs(model, variables, normal, names)
         return [found[name] for name in names]
 

@@ -14,7 +14,7 @@ from cnn_jax.runs import checkpoint
 
 
 def adopt(config: Config, given: frozenset[str] = frozenset()) -> Config:
-    """Returns `config` with the network, image size and normalisation of `init.checkpoint`.
+    """Returns `config` with the network and the preprocessing of `init.checkpoint`.
 
     They belong to the parameters, which would misread other pixels. A field that the user has set
     (its dotted name is in `given`) keeps its value.
@@ -23,18 +23,19 @@ def adopt(config: Config, given: frozenset[str] = frozenset()) -> Config:
         UserError: there is no such workdir or file.
     """
     if file := _weights_file(config.init.checkpoint):
-        model, images = weights.describe(file), weights.IMAGENET
-        image_size, normalization = images.image_size, images.normalize
+        model, found = weights.describe(file), weights.preprocessing(file)
     else:
         source = fields.load(Path(config.init.checkpoint) / "config.json")
-        model, image_size = source.model, data.image_side(source.data)
-        normalization = source.data.normalize
+        names = ("crop", "interpolation", "fit", "normalize")
+        model, found = source.model, {name: getattr(source.data, name) for name in names}
+        found["image_size"] = data.image_side(source.data)
+    if config.data.name != "folder":  # Others have images of their own size, whole.
+        found = {name: found[name] for name in ("image_size", "normalize")}
     kept = {
         name.removeprefix("model."): getattr(config.model, name.removeprefix("model."))
         for name in given
         if name.startswith("model.")
     }
-    found = {"image_size": image_size, "normalize": normalization}
     seen = {name: value for name, value in found.items() if f"data.{name}" not in given}
     return replace(config, model=replace(model, **kept), data=replace(config.data, **seen))
 
@@ -81,7 +82,7 @@ def load_into(
 def _load(init: InitConfig) -> dict[str, Any]:
     """Returns the variables that `init.checkpoint` holds; of a run, those that it evaluated."""
     if file := _weights_file(init.checkpoint):
-        return {"params": weights.read(file), "batch_stats": {}}
+        return weights.read(file)
     workdir = Path(init.checkpoint)
     kind = fields.load(workdir / "config.json").train.reported_kind
     return checkpoint.load_variables(workdir, kind)[0]

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cnn_jax import augment, kernels
+from cnn_jax.config import DataConfig
 from cnn_jax.errors import UserError
 from cnn_jax.models import inspection
 from cnn_jax.predictor import Predictor
@@ -68,12 +69,12 @@ def grad_cam(
             images,
             targets,
             layer=layer,
-            normalization=predictor.config.data.normalize,
+            data=predictor.config.data,
         )
     return np.asarray(maps)
 
 
-@partial(jax.jit, static_argnames=("model", "layer", "normalization"))
+@partial(jax.jit, static_argnames=("model", "layer", "data"))
 def _grad_cam(
     model: nn.Module,
     variables: Any,
@@ -81,9 +82,9 @@ def _grad_cam(
     targets: jax.Array,
     *,
     layer: str,
-    normalization: augment.Normalization,
+    data: DataConfig,
 ) -> jax.Array:
-    normal = augment.normalize(images, normalization)
+    normal = augment.evaluation_view(images, data)
     maps = inspection.outputs(model, variables, normal, (layer,))[layer]
     if maps.ndim != 4:
         raise UserError(f"layer {layer} returns no feature maps, which Grad-CAM needs")

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key, UInt8
@@ -30,7 +31,12 @@ class Setup:
     config: Config
     n_classes: int
     image_shape: tuple[int, int, int]
+    """Of what the network sees: height, width and channels."""
+    passes: int
+    """How often an epoch goes through the training images."""
     steps_per_epoch: int
+    class_weights: tuple[float, ...] = ()
+    """Factor of each class' losses, with a mean of 1 over the training images; empty: none."""
     epoch: int = 0
     """The epoch whose `optim.groups` hold."""
     cached: str = ""
@@ -50,8 +56,20 @@ class Setup:
             init=InitConfig(),
             runtime=RuntimeConfig(segment_steps=config.runtime.segment_steps),
         )
-        steps_per_epoch = -(-len(dataset.train) // config.train.batch_size)
-        return cls(compiled, len(dataset.class_names), dataset.image_shape, steps_per_epoch)
+        n, batch_size = len(dataset.train), config.train.batch_size
+        passes = max(-(-config.train.min_epoch_steps * batch_size // n), 1)
+        n_classes, weights = len(dataset.class_names), ()
+        if config.train.class_weights == "balanced":
+            counts = np.bincount(dataset.train.labels, minlength=n_classes)
+            weights = tuple((n / (n_classes * counts)).tolist())
+        return cls(
+            config=compiled,
+            n_classes=n_classes,
+            image_shape=config.data.seen(dataset.image_shape),
+            passes=passes,
+            steps_per_epoch=-(-passes * n // batch_size),
+            class_weights=weights,
+        )
 
     def at(self, epoch: int) -> "Setup":
         """Returns the setup of the phase of `optim.groups` that an epoch belongs to."""
@@ -192,15 +210,21 @@ def enter_phase(setup: Setup, state: TrainState) -> TrainState:
 
 
 def epoch_order(
-    key: Key[Array, ""], epoch: Int[Array, ""], n: int, batch_size: int
+    key: Key[Array, ""], epoch: Int[Array, ""], n: int, batch_size: int, passes: int = 1
 ) -> Int[Array, "steps batch"]:
-    """Returns the examples of each step of an epoch: every index i once, then padding.
+    """Returns the examples of each step of an epoch: every index i `passes` times, then padding.
+
+    Each pass has an order of its own.
 
     Padding is ~i, which is negative, for the first examples of the order: BatchNorm then sees
     images in the last step as in all others, and the mask of the loss leaves them out.
     """
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), n)
-    padding = ~jnp.resize(order, (-n % batch_size,))
+    orders = [
+        jax.random.permutation(jax.random.fold_in(key, epoch * passes + i), n)
+        for i in range(passes)
+    ]
+    order = jnp.concatenate(orders)
+    padding = ~jnp.resize(order, (-order.size % batch_size,))
     return jnp.concatenate([order, padding]).reshape(-1, batch_size)
 
 
@@ -239,11 +263,14 @@ def train_step(
 
     def mean_loss(trainable: Any, batch_stats: Any, part: Batch, key: Array) -> tuple[Array, Any]:
         params = trees.combine(trainable, state.params)
+        dropout_key, view_key = jax.random.split(key)
+        images, targets = _training_view(setup, part, view_key)
         with inspection.frozen_in_eval_mode(params, trainable):
             variables = {"params": params, "batch_stats": batch_stats}
-            logits, batch_stats = _forward(setup, variables, part.images, key)
-        losses_ = losses.from_config(setup.config.train)(logits, part.labels) * part.mask
-        correct = (jnp.argmax(logits, axis=-1) == part.labels) * part.mask
+            logits, batch_stats = _forward(setup, variables, images, dropout_key)
+        losses_ = _weighted_losses(setup, logits, targets) * part.mask
+        labels = targets if targets.ndim == 1 else jnp.argmax(targets, axis=-1)
+        correct = (jnp.argmax(logits, axis=-1) == labels) * part.mask
         sums = Sums(jnp.sum(losses_), jnp.sum(correct), jnp.sum(part.mask))
         return sums.loss / jnp.sum(batch.mask), (sums, batch_stats)
 
@@ -279,23 +306,44 @@ def learning_rate(setup: Setup, step: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.asarray(setup.schedule(step), jnp.float32)
 
 
+def _training_view(setup: Setup, batch: Batch, key: Array) -> tuple[Array, Array]:
+    """Returns what the network is trained on: its input, and labels or target probabilities.
+
+    Only mixing makes probabilities of labels. With `Setup.cached` the examples stay as they are.
+    """
+    config = setup.config.augment
+    if setup.cached:
+        return batch.images, batch.labels
+    images = augment.training_view(batch.images, key, setup.config.data, config)
+    if not (config.mixup or config.cutmix):
+        return images, batch.labels
+    return augment.mix(images, batch.labels, key, setup.n_classes, config.mixup, config.cutmix)
+
+
+def _weighted_losses(
+    setup: Setup, logits: Float[Array, "batch classes"], targets: Array
+) -> Float[Array, "batch"]:
+    """Returns the loss of each example, multiplied by the weight of its class."""
+    losses_ = losses.from_config(setup.config.train)(logits, targets)
+    if not setup.class_weights:
+        return losses_
+    weights = jnp.array(setup.class_weights)
+    return losses_ * (weights[targets] if targets.ndim == 1 else targets @ weights)
+
+
 def _forward(setup: Setup, variables: Any, images: Array, key: Array) -> tuple[Array, Any]:
     """Returns the logits in training, and the new batch statistics."""
-    dropout_key, augment_key = jax.random.split(key)
     outputs = {}
     if setup.cached:
         # What precedes the cached module must play no part in the logits: NaN would show it.
         outputs = {setup.cached: images}
         images = jnp.full((len(images), *setup.image_shape), jnp.nan)
-    else:
-        images = augment.normalize(images, setup.config.data.normalize)
-        images = augment.augment(images, augment_key, setup.config.augment)
     with inspection.replaced(outputs):
         logits, changed = setup.model.apply(
             variables,
             images,
             train=True,
-            rngs={"dropout": dropout_key},
+            rngs={"dropout": key},
             mutable=["batch_stats"],
         )
     return logits, changed.get("batch_stats", {})
@@ -359,7 +407,8 @@ def train_segment(
     order_key, step_key, flip_key = jax.random.split(key, 3)
     per_epoch = setup.steps_per_epoch
     epoch = state.step // per_epoch
-    order = epoch_order(order_key, epoch, len(images), setup.config.train.batch_size)
+    batch_size = setup.config.train.batch_size
+    order = epoch_order(order_key, epoch, len(images), batch_size, setup.passes)
     starts_epoch = state.step % per_epoch == 0
     state = replace(
         state, epoch_sums=jax.tree.map(lambda x: jnp.where(starts_epoch, 0, x), state.epoch_sums)

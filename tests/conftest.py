@@ -76,3 +76,22 @@ def workdir(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     path.mkdir()
     return path
+
+
+@pytest.fixture(scope="session")
+def shared_photos() -> Path:
+    """Real photos in the parts train, validation and test: the set clothing (small)."""
+    return _shared("CNN_JAX_PHOTOS", "the folder of clothing-dataset-small")
+
+
+@pytest.fixture(scope="session")
+def lite0_weights() -> Path:
+    """ImageNet's weights of EfficientNet-Lite0."""
+    return _shared("CNN_JAX_WEIGHTS", "timm's tf_efficientnet_lite0.safetensors")
+
+
+def _shared(variable: str, what: str) -> Path:
+    path = Path(os.environ.get(variable, "missing"))
+    if not path.exists():
+        pytest.skip(f"{variable} does not name {what}")
+    return path.resolve()

@@ -139,8 +139,8 @@ PLAIN = DataConfig()
 SCALED = DataConfig(normalize=((0.5, 0.4, 0.3), (0.2, 0.25, 0.5)))
 
 # Compiled as training compiles them, which is also faster than one operation at a time.
-training_view = jax.jit(augment.training_view, static_argnums=(2, 3, 4))
-random_resized_crop = jax.jit(augment.random_resized_crop, static_argnums=(2, 3, 4))
+training_view = jax.jit(augment.training_view, static_argnums=(2, 3))
+random_resized_crop = jax.jit(augment.random_resized_crop, static_argnums=(2, 3))
 random_erase = jax.jit(augment.random_erase, static_argnums=2)
 color_jitter = jax.jit(distort.color_jitter, static_argnums=2)
 mix = jax.jit(augment.mix, static_argnums=(3, 4, 5))
@@ -156,15 +156,15 @@ def test_training_view_keeps_the_bits_of_the_changes_that_came_first():
         return augment.augment(augment.normalize(images, SCALED.normalize), KEY, config)
 
     expected = as_before(pictures)
-    found = training_view(pictures, KEY, SCALED, config, 20)
+    found = training_view(pictures, KEY, SCALED, config)
     np.testing.assert_array_equal(found, expected)
 
 
 def test_training_view_adds_a_change_without_another_draw_of_the_others():
     pictures = photos(64)
     config = AugmentConfig(flip="random")
-    plain = training_view(pictures, KEY, PLAIN, config, 20)
-    erased = training_view(pictures, KEY, PLAIN, replace(config, erase=1.0), 20)
+    plain = training_view(pictures, KEY, PLAIN, config)
+    erased = training_view(pictures, KEY, PLAIN, replace(config, erase=1.0))
     assert not np.array_equal(plain, erased)
     kept = np.mean(np.asarray(plain == erased), axis=(1, 2, 3))
     assert kept.min() > 0.6  # all but the rectangles: each image is mirrored as it was
@@ -184,13 +184,13 @@ def test_each_change_reaches_the_training_view_and_is_a_function_of_the_key(chan
     data = DataConfig(crop=0.8)
     config = AugmentConfig(**changes)
     pictures = photos(8)
-    seen = training_view(pictures, KEY, data, config, 16)
+    seen = training_view(pictures, KEY, data, config)
     assert seen.shape == (8, 16, 16, 3)
     assert seen.dtype == jnp.float32
     assert 0 <= seen.min() < seen.max() <= 1
-    assert not np.allclose(seen, augment.evaluation_view(pictures, data, 16), atol=0.01)
-    np.testing.assert_array_equal(seen, training_view(pictures, KEY, data, config, 16))
-    other = training_view(pictures, jax.random.key(4), data, config, 16)
+    assert not np.allclose(seen, augment.evaluation_view(pictures, data), atol=0.01)
+    np.testing.assert_array_equal(seen, training_view(pictures, KEY, data, config))
+    other = training_view(pictures, jax.random.key(4), data, config)
     assert not np.allclose(seen, other, atol=0.01)
 
 
@@ -200,14 +200,14 @@ def test_evaluation_view_is_the_normalised_centre(stored: int, side: int):
     data = replace(SCALED, crop=side / stored)
     top = round((stored - side) / 2)  # as torchvision.transforms.functional.center_crop
     expected = augment.normalize(picture[:, top : top + side, top : top + side], SCALED.normalize)
-    np.testing.assert_array_equal(augment.evaluation_view(picture, data, side), expected)
+    np.testing.assert_array_equal(augment.evaluation_view(picture, data), expected)
 
 
 def test_without_a_crop_images_keep_sides_that_differ():
     pictures = photos(2, 12, 20)
     for config in (AugmentConfig(), AugmentConfig(random_crop=0.5)):
-        assert training_view(pictures, KEY, PLAIN, config, 12).shape == (2, 12, 20, 3)
-    assert augment.evaluation_view(pictures, PLAIN, 12).shape == (2, 12, 20, 3)
+        assert training_view(pictures, KEY, PLAIN, config).shape == (2, 12, 20, 3)
+    assert augment.evaluation_view(pictures, PLAIN).shape == (2, 12, 20, 3)
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 20), (3, 15), (7, 8), (4, 3), (19, 1), (0, 13)])
@@ -353,7 +353,7 @@ def test_each_operation_of_randaugment_is_that_of_pil(name: str, monkeypatch: py
 def test_randaugment_without_operations_or_strength_is_the_identity():
     images = unit(40)
     config = AugmentConfig(randaugment=(0, 9.0))
-    same = training_view(photos(4), KEY, PLAIN, config, 20)
+    same = training_view(photos(4), KEY, PLAIN, config)
     np.testing.assert_array_equal(same, unit(4))
     weak = np.asarray(distort.randaugment(images, KEY, 1, 0.0))
     same = np.abs(weak - images).max(axis=(1, 2, 3)) < 1e-6

@@ -362,7 +362,8 @@ def resnet_by_hand(variables: dict, train: bool) -> np.ndarray:
     def convolve(x, kernel, stride=1):
         numbers = ("NHWC", "HWIO", "NHWC")
         strides = (stride, stride)
-        return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=numbers)
+        border = 2 * [2 * [kernel.shape[0] // 2]]
+        return jax.lax.conv_general_dilated(x, kernel, strides, border, dimension_numbers=numbers)
 
     def norm(x, params, stats):
         x = np.asarray(x, np.float64)
@@ -470,8 +471,20 @@ def test_resnet_starts_as_he_et_al_do():
         ({"name": "vgg16", "blocks": ((4,),) * 5, "dense": (8, 8)}, "blocks of 2, 2, 3, 3 and 3 c"),
         ({"name": "airbench"}, "model.name=airbench has no hidden dense layers; set model.dense="),
         ({"name": "resnet_small"}, "resnet_small has no hidden dense layers; set model.dense="),
-        ({"name": "resnet_small", "dense": (), "pooling": "average"}, "has its own pooling and in"),
-        ({"name": "airbench", "dense": (), "initializer": "he_uniform"}, "has its own pooling and"),
+        ({"name": "resnet_small", "dense": (), "pooling": "average"}, "has its own pooling; leave"),
+        ({"name": "airbench", "dense": (), "initializer": "he_uniform"}, "has its own initializer"),
+        (
+            {"name": "efficientnet_lite0", "dense": (), "activation": "gelu", "pooling": "stride"},
+            "has its own pooling and activation; leave out model.pooling and model.activation",
+        ),
+        ({"name": "resnet_small", "dense": (), "blocks": ()}, "resnet_small needs model.blocks, s"),
+        ({"name": "vgg", "blocks": ()}, "vgg needs model.blocks, such as [[64,64],[128,128]]"),
+        ({"name": "airbench", "dense": (), "dropout": 0.5}, "airbench needs model.blocks, and has"),
+        ({"dropout": 0.5, "dense": ()}, "model.dropout follows the hidden dense layers, and model"),
+        (
+            {"name": "vgg", "dropout": 0.5, "dense": ()},
+            "follows the hidden dense layers, and model",
+        ),
     ],
 )
 def test_a_network_refuses_settings_that_do_not_suit_it(changes: dict, message: str):

@@ -1,20 +1,24 @@
-"""VGG16 against PyTorch's logits, and reading and writing its weights as safetensors."""
+"""Networks of ImageNet against PyTorch's logits; reading and writing weights as safetensors."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make_imagenet_vectors as imagenet
 import make_vgg16_vectors as reference
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cnn_jax import configs, layers, models, pretrained, trees
-from cnn_jax.config import Config, InitConfig, ModelConfig
+from cnn_jax import configs, kernels, layers, models, pretrained, trees
+from cnn_jax.config import Config, DataConfig, InitConfig, ModelConfig
+from cnn_jax.data import photos
 from cnn_jax.errors import UserError
 from cnn_jax.models import inspection, weights
+from cnn_jax.predictor import Predictor
 
 SMALL = reference.NARROW
 
@@ -47,7 +51,7 @@ def test_logits_are_pytorchs(tmp_path: Path):
         dense=(4096, 4096),
         dropout=0.5,
     )
-    params = weights.read(path)
+    params = weights.read(path)["params"]
     assert trees.param_count(params) == 138_357_544
     apply = jax.jit(models.build(config, 1000).apply)
     with np.load(reference.VECTORS) as expected:
@@ -61,17 +65,17 @@ def test_logits_are_pytorchs(tmp_path: Path):
 @pytest.mark.parametrize("size", reference.NARROW_SIZES)
 def test_logits_of_a_narrow_network_are_pytorchs(small: Path, size: int):
     model = models.build(weights.describe(small), 3)
-    found = jax.jit(model.apply)({"params": weights.read(small)}, reference.images(size))
+    found = jax.jit(model.apply)(weights.read(small), reference.images(size))
     with np.load(reference.VECTORS) as expected:
         np.testing.assert_allclose(found, expected[f"narrow{size}"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("style", ["torchvision", "timm"])
 def test_what_is_read_is_written_back_bit_for_bit(small: Path, tmp_path: Path, style):
-    params = weights.read(small)
+    variables = weights.read(small)
     written = tmp_path / "written.safetensors"
-    weights.write(params, written, style)
-    assert trees.sha256(weights.read(written)) == trees.sha256(params)
+    weights.write(variables, weights.describe(small), written, style)
+    assert trees.sha256(weights.read(written)) == trees.sha256(variables)
     assert weights.describe(written) == weights.describe(small)
     if style == "torchvision":
         assert trees.sha256(load_file(written)) == trees.sha256(load_file(small))
@@ -105,17 +109,19 @@ def test_a_wrong_file_is_one_line(small: Path, tmp_path: Path):
     arrays = load_file(small)
     save_file({"x": np.zeros(2)}, path)
     assert refusal(path) == (
-        "PATH is not a VGG16: missing or unknown: classifier.0.bias, classifier.0.weight, "
-        "classifier.3.bias and 30 more"
+        "PATH holds none of the known networks (vgg16, resnet18/34/50 or efficientnet_lite0/1/2, "
+        "of timm or torchvision); it has x"
     )
+    save_file({"features.0.weight": arrays["features.0.weight"]}, path)
+    assert refusal(path).endswith("'features.2.weight' is missing")
     save_file(arrays | {"features.1.weight": np.zeros(2)}, path)
-    assert refusal(path) == "PATH is not a VGG16: missing or unknown: features.1.weight"
+    assert refusal(path) == "PATH is not a vgg16: missing or unknown: features.1.weight"
     save_file(arrays | {"features.0.bias": np.zeros(4, np.float16)}, path)
     assert refusal(path) == "PATH: features.0.bias is float16, not float32"
-    save_file(arrays | {"features.0.weight": np.zeros((4, 3, 5, 5), np.float32)}, path)
-    assert refusal(path) == "PATH: features.0.weight of shape [4, 3, 5, 5] is not a VGG16's"
+    save_file(arrays | {"features.0.weight": np.zeros((4, 3, 5), np.float32)}, path)
+    assert refusal(path) == "PATH: features.0.weight of shape [4, 3, 5] is not of a vgg16"
     save_file(arrays | {"classifier.0.weight": np.zeros((8, 80), np.float32)}, path)
-    assert refusal(path) == "PATH: classifier.0.weight of shape [8, 80] is not a VGG16's"
+    assert refusal(path) == "PATH: classifier.0.weight of shape [8, 80] is not of a vgg16"
 
 
 def pretrained_config(checkpoint: str) -> Config:
@@ -137,8 +143,106 @@ def test_normalisation_and_size_come_with_the_file(small: Path):
     adopted = pretrained.adopt(base)
     assert adopted.model == ModelConfig(name="vgg16", **SMALL, dropout=0.5)
     assert adopted.data == replace(
-        base.data, image_size=224, normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        base.data,
+        image_size=224,
+        crop=0.875,
+        interpolation="bilinear",
+        normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     )
+
+
+def test_preprocessing_comes_from_timm_s_config_beside_the_file(small: Path):
+    settings = small.with_name("config.json")
+    stored = {"input_size": [3, 288, 288], "crop_pct": 0.95, "interpolation": "bicubic"}
+    stored |= {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}
+    settings.write_text(json.dumps({"architecture": "vgg16", "pretrained_cfg": stored}))
+    adopted = pretrained.adopt(pretrained_config(str(small))).data
+    assert (adopted.image_size, adopted.crop, adopted.interpolation) == (288, 0.95, "bicubic")
+    assert adopted.normalize == ((0.1, 0.2, 0.3), (1, 2, 3))
+    settings.write_text('{"pretrained_cfg": {"crop_pct": 1}}')
+    with pytest.raises(UserError, match=r"config.json can't be read: .*input_size"):
+        pretrained.adopt(pretrained_config(str(small)))
+
+
+def test_data_of_its_own_size_is_not_cropped(small: Path):
+    base = replace(pretrained_config(str(small)), data=DataConfig(name="cifar10"))
+    adopted = pretrained.adopt(base).data
+    assert (adopted.crop, adopted.interpolation) == (1.0, "bilinear")
+    assert adopted.normalize == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def random_file(name: str, folder: Path) -> Path:
+    """Writes the random weights of `make_imagenet_vectors` under timm's names."""
+    config = ModelConfig(name=name, blocks=(), dense=())
+    model, images = models.build(config, imagenet.N_CLASSES), jnp.zeros((1, 64, 64, 3))
+    empty = jax.eval_shape(model.init, jax.random.key(0), images)
+    path = folder / f"{name}.safetensors"
+    weights.write(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), empty), config, path)
+    shapes = {name: array.shape for name, array in load_file(path).items()}
+    save_file(imagenet.weights(shapes), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        pytest.param("resnet34", marks=pytest.mark.slow),
+        pytest.param("resnet50", marks=pytest.mark.slow),
+        "efficientnet_lite0",
+        pytest.param("efficientnet_lite1", marks=pytest.mark.slow),
+        pytest.param("efficientnet_lite2", marks=pytest.mark.slow),
+    ],
+)
+def test_logits_of_networks_for_photos_are_pytorchs(name: str, tmp_path: Path):
+    path = random_file(name, tmp_path)
+    config, variables = weights.describe(path), weights.read(path)
+    assert (config.name, config.blocks, config.dense) == (name, (), ())
+    apply = jax.jit(models.build(config, imagenet.N_CLASSES).apply)
+    with np.load(imagenet.VECTORS) as expected, kernels.use("xla"):
+        for side in imagenet.SIDES:
+            found = np.asarray(apply(variables, imagenet.images(side)))
+            np.testing.assert_allclose(found, expected[f"{name} {side}"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0"])
+def test_weights_for_photos_are_written_back_bit_for_bit(name: str, tmp_path: Path):
+    path, again = random_file(name, tmp_path), tmp_path / "again.safetensors"
+    weights.write(weights.read(path), weights.describe(path), again)
+    assert trees.sha256(load_file(again)) == trees.sha256(load_file(path))
+
+
+def test_a_count_of_batches_is_ignored_and_other_widths_are_described(tmp_path: Path):
+    config = ModelConfig(name="resnet18", blocks=((4,), (6, 6)), dense=())
+    variables = models.build(config, 3).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    path = tmp_path / "narrow.safetensors"
+    weights.write(variables, config, path)
+    save_file(load_file(path) | {"bn1.num_batches_tracked": np.array([3])}, path)
+    assert weights.describe(path) == config
+    assert trees.sha256(weights.read(path)) == trees.sha256(dict(variables))
+
+
+def test_real_photos_give_timm_s_logits(shared_photos: Path, lite0_weights: Path):
+    """ImageNet's EfficientNet-Lite0, from the files of weights and photos to the logits."""
+    config = weights.describe(lite0_weights)
+    preprocessing = weights.preprocessing(lite0_weights)
+    predictor = Predictor(
+        config=Config(model=config, data=DataConfig(name="folder", **preprocessing)),
+        model=models.build(config, 1000),
+        variables=weights.read(lite0_weights),
+        class_names=tuple(map(str, range(1000))),
+        image_shape=(256, 256, 3),
+    )
+    layout = photos.Layout.of(predictor.config.data)
+    with np.load(imagenet.VECTORS) as expected:
+        names = [name for name in expected if name.startswith("photo ")]
+        assert len(names) == 3
+        for name in names:
+            (file,) = shared_photos.glob(f"test/*/{name.removeprefix('photo ')}")
+            found = predictor.logits(photos.load_image(file, layout)[None])[0]
+            error = np.abs(found - expected[name]).max()
+            print(f"{file.name}: largest error {error:.2e}")
+            assert error < 1e-4
 
 
 @pytest.mark.parametrize("size", [32, 33, 64, 150])

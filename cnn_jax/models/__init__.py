@@ -13,7 +13,7 @@ import flax.linen as nn
 from cnn_jax import user_code
 from cnn_jax.config import ModelConfig
 from cnn_jax.errors import UserError, one_line
-from cnn_jax.models import airbench, chapter, resnet
+from cnn_jax.models import airbench, chapter, efficientnet, resnet
 
 NETWORKS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "simple_cnn": chapter.simple_cnn,
@@ -21,6 +21,12 @@ NETWORKS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "vgg16": chapter.vgg16,
     "airbench": airbench.airbench,
     "resnet_small": resnet.resnet_small,
+    "resnet18": resnet.resnet,
+    "resnet34": resnet.resnet,
+    "resnet50": resnet.resnet,
+    "efficientnet_lite0": efficientnet.efficientnet,
+    "efficientnet_lite1": efficientnet.efficientnet,
+    "efficientnet_lite2": efficientnet.efficientnet,
 }
 """What makes each network from its config and the number of classes."""
 

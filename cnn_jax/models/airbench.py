@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from cnn_jax import layers
 from cnn_jax.config import ModelConfig
+from cnn_jax.errors import UserError
 from cnn_jax.models.batch_norm import BatchNorm
 from cnn_jax.models.checks import check_fixed_settings, check_image_side
 from cnn_jax.models.initializers import fan_in_uniform, partial_identity
@@ -91,4 +92,6 @@ class Group(nn.Module):
 def airbench(config: ModelConfig, n_classes: int) -> nn.Module:
     """Returns airbench94's network with the widths of `model.blocks`, one tuple per group."""
     check_fixed_settings(config)
+    if config.dropout or not config.blocks:
+        raise UserError("model.name=airbench needs model.blocks, and has no dropout")
     return Airbench(config, n_classes)

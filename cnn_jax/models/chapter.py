@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from cnn_jax import layers
 from cnn_jax.config import ModelConfig
 from cnn_jax.errors import UserError
-from cnn_jax.models.checks import check_image_side
+from cnn_jax.models.checks import check_dense, check_image_side
 from cnn_jax.models.initializers import INITIALIZERS
 
 
@@ -126,6 +126,7 @@ def classify(
 
 def simple_cnn(config: ModelConfig, n_classes: int) -> nn.Module:
     """Returns listing 6-1's network with the convolutions of the only block of `model.blocks`."""
+    check_dense(config)
     if len(config.blocks) != 1:
         raise UserError("model.name=simple_cnn has one block; use model.name=vgg for more")
     return SimpleCNN(config, n_classes)
@@ -133,6 +134,9 @@ def simple_cnn(config: ModelConfig, n_classes: int) -> nn.Module:
 
 def vgg(config: ModelConfig, n_classes: int) -> nn.Module:
     """Returns a VGG with the convolutions of `model.blocks` and the layers of `model.dense`."""
+    check_dense(config)
+    if not config.blocks:
+        raise UserError("model.name=vgg needs model.blocks, such as [[64,64],[128,128]]")
     return VGG(config, n_classes)
 
 
