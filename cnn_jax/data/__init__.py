@@ -2,17 +2,19 @@
 
 `digits`, `folder`, `tfds` and `custom` each turn one kind of source into uint8 arrays (`archives`
 prepares some tfds sets from their official archives, `photos` reads single image files), `cache`
-keeps the arrays on disk, and `split` chooses the examples. Nothing here imports JAX.
+keeps the arrays on disk, `split` chooses the examples, and `stream` reads during training what does
+not fit in memory. Nothing here imports JAX before it is used.
 """
 
 from functools import partial
+from pathlib import Path
 
 from absl import logging
 
 from cnn_jax.config import DataConfig
-from cnn_jax.data import cache, custom, digits, photo_folder, photos, split, tfds
+from cnn_jax.data import cache, custom, digits, photo_folder, photos, split, stream, tfds
 from cnn_jax.data.cache import cache_folder
-from cnn_jax.data.dataset import ImageDataset, Source, Split, check
+from cnn_jax.data.dataset import Decoded, ImageDataset, Source, Split, check
 from cnn_jax.errors import UserError, one_line
 from cnn_jax.values import is_user_code
 
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 
-def load(config: DataConfig, cache_dir: str = "") -> ImageDataset:
+def load(config: DataConfig, cache_dir: str = "", storage: str = "auto") -> ImageDataset:
     """Returns the images that `config` describes, from the cache of decoded images if possible.
 
     If the source has no test part, `config.test_fraction` of each class is held out as one. If it
@@ -36,13 +38,14 @@ def load(config: DataConfig, cache_dir: str = "") -> ImageDataset:
     Args:
         config: the source, and which of its images to use.
         cache_dir: `runtime.cache_dir`, the folder for decoded images; "": the user's cache folder.
+        storage: `runtime.storage`, whether images are held in memory or read when they are needed.
 
     Raises:
-        UserError: the images are missing, unreadable or do not fit `config`.
+        UserError: the images are missing, unreadable or do not fit `config` or into memory.
     """
     try:
         source = _source(config)
-        decoded = cache.decode(source, cache_folder(cache_dir))
+        decoded = _decode(source, cache_folder(cache_dir), storage)
     except (OSError, MemoryError) as error:
         raise UserError(f"data.name={config.name} can't be read: {one_line(error)}") from None
     if decoded.skipped:
@@ -67,9 +70,19 @@ def load(config: DataConfig, cache_dir: str = "") -> ImageDataset:
         validation=parts.get("validation"),
         test=parts["test"],
         skipped=decoded.skipped,
+        root=source.root,
     )
     check(dataset)
-    return dataset
+    return dataset if stream.is_chosen(storage, dataset.nbytes) else dataset.in_memory()
+
+
+def _decode(source: Source, cache_dir: Path, storage: str) -> Decoded:
+    """Returns all images of a source, not read yet if they are in a cache or to be streamed."""
+    if source.list_photos is not None:
+        listed = source.list_photos()
+        if stream.is_chosen(storage, sum(part.nbytes for part in listed.parts.values())):
+            return listed
+    return cache.decode(source, cache_dir)
 
 
 def describe(config: DataConfig, cache_dir: str = "") -> tuple[tuple[int, int, int], int]:

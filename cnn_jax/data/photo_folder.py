@@ -1,6 +1,7 @@
 """A folder of the user's own photos: one subfolder per class, in one part or in several."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from cnn_jax.config import DataConfig
 from cnn_jax.data import photos
 from cnn_jax.data.cache import digest, file_states
 from cnn_jax.data.dataset import Decoded, Source, Split
+from cnn_jax.data.stream import PhotoImages
 from cnn_jax.errors import UserError
 
 
@@ -46,6 +48,8 @@ def source(config: DataConfig) -> Source:
         fingerprint=digest(file_states(paths, root), skipped),
         description=f"folder {root}",
         decode=lambda: _decode(root, listing, skipped, layout),
+        list_photos=lambda: _list(root, listing, skipped, layout, config.skip_broken),
+        root=str(root),
     )
 
 
@@ -75,6 +79,26 @@ def _class_files(folder: Path, root: Path, skipped: list[str]) -> dict[str, list
         classes[path.name], unread = photos.image_files(path, root)
         skipped.extend(unread)
     return classes
+
+
+def _list(
+    root: Path,
+    listing: Mapping[str, Mapping[str, list[Path]]],
+    skipped: list[str],
+    layout: photos.Layout,
+    skip_broken: bool,
+) -> Decoded:
+    """Returns what `_decode` returns, with photos that are decoded when they are needed."""
+    parts, broken = {}, {}
+    names = tuple(listing["train"])
+    load = partial(photos.load_image, layout=layout)
+    for part, classes in listing.items():
+        files = tuple(str(path.relative_to(root)) for name in names for path in classes[name])
+        counts = [len(classes[name]) for name in names]
+        labels = np.repeat(np.arange(len(names), dtype=np.int32), counts)
+        images = PhotoImages(str(root), files, labels, layout.side, load, skip_broken, broken)
+        parts[part] = Split(images, labels, files)
+    return Decoded(names, parts, tuple(sorted(skipped)))
 
 
 def _decode(

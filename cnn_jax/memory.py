@@ -1,0 +1,81 @@
+"""Free memory of this machine, with the limits of containers, and arrays that devices can share."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+# Of cgroup v1 and v2: limit, use, and the line of memory.stat with what the kernel can take back.
+_FILES = {
+    "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "v2": ("memory.max", "memory.current", "inactive_file"),
+}
+_ALIGNMENT = 64
+
+
+def free_bytes(root: Path = Path("/")) -> int:
+    """Returns how many bytes this process can still allocate without swapping.
+
+    It is the least of what the kernel says is available and what each limit of the process's cgroup
+    and of the cgroups above it leaves; the files that the kernel keeps in memory count as free.
+    Where there is no /proc, as on a Mac, it is half of the installed memory.
+
+    Args:
+        root: the folder in which /proc and /sys are looked up.
+    """
+    left = [*_available(root), *_left_by_limits(root)]
+    if left:
+        return max(min(left), 0)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def empty_images(*shape: int) -> np.ndarray:
+    """Returns a new array, uint8, whose memory the devices of a CPU can read as it is.
+
+    XLA copies arrays that do not start at a multiple of 64 bytes.
+    """
+    size = math.prod(shape)
+    array = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -array.ctypes.data % _ALIGNMENT
+    return array[start : start + size].reshape(shape)
+
+
+def format_bytes(n: float) -> str:
+    """Returns a number of bytes in MB or GB, as "1.9 GB"."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+
+
+def _available(root: Path) -> Iterator[int]:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _left_by_limits(root: Path) -> Iterator[int]:
+    """Yields what each cgroup that the process is in leaves; those without a limit leave a lot."""
+    for line in _lines(root / "proc/self/cgroup"):
+        number, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            version, mount = "v1", root / "sys/fs/cgroup/memory"
+        elif number == "0" and not controllers:
+            version, mount = "v2", root / "sys/fs/cgroup"
+        else:
+            continue
+        limit_file, usage_file, reclaimable = _FILES[version]
+        # In a container the path may be that of the host, and only the mount itself be there.
+        group = Path(path.strip("/"))
+        for folder in (mount / group, *(mount / parent for parent in group.parents)):
+            limit = "".join(_lines(folder / limit_file))
+            if limit.isdigit():
+                used = int("".join(_lines(folder / usage_file)) or 0)
+                stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+                yield int(limit) - used + int(stat.get(reclaimable, 0))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
