@@ -47,11 +47,20 @@ class Progress:
     """Spent in training segments, by all processes that have worked on the run."""
     images: int = 0
     """Examples trained on in that time."""
-    best_accuracy: float = -1.0
-    """Best validation accuracy so far; -1 before the first."""
+    best: float | None = None
+    """Best validation figure so far, by `train.monitor`; None before the first."""
     best_epoch: int = 0
     skipped_steps: int = 0
     """Steps left out because their loss or gradient was not finite."""
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Progress":
+        """Returns what `make_record` was called with."""
+        found = dict(record["progress"])
+        if "best_accuracy" in found:  # Until 0.2.0, when accuracy was all that could be monitored.
+            accuracy = found.pop("best_accuracy")
+            found["best"] = accuracy if found["best_epoch"] else None
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -146,12 +155,12 @@ def fit(
                 ends_epoch = step % setup.steps_per_epoch == 0
                 if ends_epoch:
                     lines[-1] |= _end_epoch(setup, dataset, predictor(), state, watch_test)
-                    _keep_best(lines[-1], run, dataset, state, progress)
+                    _keep_best(config, lines[-1], run, dataset, state, progress)
                 run.log.segment(lines, images / seconds)
                 due = time.monotonic() - saved_at >= config.runtime.checkpoint_seconds
                 signum = run.stop_signal()
                 if ends_epoch or due or signum:
-                    run.save("latest", step, state, _record(dataset, progress))
+                    run.save("latest", step, state, make_record(dataset, progress))
                     saved_at = time.monotonic()
                 _call_hooks(hooks, config, setup, lines[-1], predictor)
                 if signum:
@@ -190,7 +199,7 @@ def _resume(
             "the images are not those that this workdir was trained on; restore them "
             "or choose another --workdir"
         )
-    return mesh.place(state), Progress(**record["progress"])
+    return mesh.place(state), Progress.of(record)
 
 
 def _template(setup: Setup, key: jax.Array, step: int) -> TrainState:
@@ -277,7 +286,7 @@ def _call_hooks(
 
 
 def _exhausted(config: Config, progress: Progress, step: int, setup: Setup) -> bool:
-    """Returns whether the validation accuracy has not improved for `train.patience` epochs."""
+    """Returns whether `train.monitor` has not improved for `train.patience` epochs."""
     patience = config.train.patience
     return patience > 0 and step // setup.steps_per_epoch - progress.best_epoch >= patience
 
@@ -293,7 +302,7 @@ def _predictor(config: Config, setup: Setup, state: TrainState, dataset: ImageDa
     )
 
 
-def _record(dataset: ImageDataset, progress: Progress) -> dict[str, Any]:
+def make_record(dataset: ImageDataset, progress: Progress) -> dict[str, Any]:
     """Returns a checkpoint's record: all that prediction and resuming need beside the arrays."""
     return {
         "progress": vars(progress),
@@ -368,7 +377,8 @@ def _end_epoch(
         figures |= {"test_loss": result.loss, "test_accuracy": result.accuracy}
     if dataset.validation is not None:
         result = evaluate(predictor, dataset.validation)
-        figures |= {"validation_loss": result.loss, "validation_accuracy": result.accuracy}
+        names = ("loss", "accuracy", "balanced_accuracy", "macro_f1")
+        figures |= {f"validation_{name}": getattr(result, name) for name in names}
     return figures
 
 
@@ -381,17 +391,21 @@ def evaluate(
 
 
 def _keep_best(
+    config: Config,
     line: dict[str, Any],
     run: RunFolder,
     dataset: ImageDataset,
     state: TrainState,
     progress: Progress,
 ) -> None:
-    """Saves the state if its validation accuracy is the best so far."""
-    accuracy = line.get("validation_accuracy", -1.0)
-    if accuracy > progress.best_accuracy:
-        progress.best_accuracy, progress.best_epoch = accuracy, line["epoch"]
-        run.save("best", line["step"], state, _record(dataset, progress))
+    """Saves the state if its validation figure is the best so far; one of NaN logits is not."""
+    if not math.isfinite(line.get("validation_loss", math.nan)):
+        return
+    figure, best = line[f"validation_{config.train.monitor}"], progress.best
+    lower = config.train.monitor == "loss"
+    if best is None or (figure < best if lower else figure > best):
+        progress.best, progress.best_epoch = figure, line["epoch"]
+        run.save("best", line["step"], state, make_record(dataset, progress))
 
 
 def _restore_best(setup: Setup, run: RunFolder, progress: Progress, key: jax.Array) -> TrainState:

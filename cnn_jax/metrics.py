@@ -263,6 +263,24 @@ def format_interval(interval: Sequence[float]) -> str:
     return f"{low:.1%} to {high:.1%}"
 
 
+def format_figures(found: dict[str, Any]) -> list[str]:
+    """Returns two lines for a terminal, of what `figures` returned and the key `temperature`."""
+    names = {
+        "accuracy": "accuracy",
+        "macro_f1": "macro-F1",
+        "balanced_accuracy": "balanced accuracy",
+    }
+    first = ", ".join(
+        f"{text} {found[name]:.1%} ({format_interval(found[f'{name}_interval'])})"
+        for name, text in names.items()
+    )
+    top5 = found["top5_accuracy"]
+    others = [] if top5 is None else [f"top-5 accuracy {top5:.1%}"]
+    others.append(f"calibration error {found['calibration_error']:.1%}")
+    others.append(f"temperature {found['temperature']:.2f}")
+    return [f"95% intervals: {first}", ", ".join(others)]
+
+
 def format_share(share: float, digits: int) -> str:
     """Returns a share as a percentage, "-" for NaN."""
     return "-" if np.isnan(share) else f"{share:.{digits}%}"

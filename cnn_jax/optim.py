@@ -121,12 +121,15 @@ def make_average_decay(
 ) -> Callable[[Int[Array, ""]], Float[Array, ""]] | None:
     """Returns the share that an average keeps of itself after a number of steps; None without one.
 
-    Lookahead's 0.95^k (t / T)^3 every k steps is that of airbench94 (Jordan, 2024).
+    Lookahead's 0.95^k (t / T)^3 every k steps is that of airbench94 (Jordan, 2024). The share of a
+    moving average rises with (1 + t) / (10 + t) up to its decay, as in TensorFlow's
+    ExponentialMovingAverage: it is an average of about the last ninth of the steps until the run
+    is long enough for its decay, and never one of the initial values.
     """
-    k = config.lookahead_steps
+    k, decay = config.lookahead_steps, config.ema_decay
     if k:
         return lambda t: jnp.where(t % k == 0, 0.95**k * (t / total_steps) ** 3, 1.0)
-    return (lambda _: jnp.float32(config.ema_decay)) if config.ema_decay else None
+    return (lambda t: jnp.minimum(decay, (1 + t) / (10 + t))) if decay else None
 
 
 def make_optimizer(

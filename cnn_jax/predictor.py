@@ -34,6 +34,8 @@ class Predictor:
     """Height, width and channels of a stored image, of which the network sees `data.crop`."""
     step: int = 0
     """The number of training steps that led to these parameters."""
+    temperature: float = 1.0
+    """What logits are divided by before the softmax, so that probabilities are calibrated."""
 
     @property
     def seen_shape(self) -> tuple[int, int, int]:
@@ -54,8 +56,8 @@ class Predictor:
     def probabilities(
         self, images: UInt8[np.ndarray, "n height width 3"], test_time: str | None = None
     ) -> Float[np.ndarray, "n classes"]:
-        """Returns the softmax of the logits in float64."""
-        return metrics.softmax(self.logits(images, test_time))
+        """Returns the softmax of the logits at the network's temperature, in float64."""
+        return metrics.softmax(self.logits(images, test_time), self.temperature)
 
     def activations(
         self, images: UInt8[np.ndarray, "n height width 3"], names: Sequence[str]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from cnn_jax import trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
-from cnn_jax.fit import Moment, every
+from cnn_jax.fit import Moment, Progress, every
 from cnn_jax.runs import checkpoint
 from cnn_jax.runs.checkpoint import Checkpoints
 from cnn_jax.runs.folder import RunFolder
@@ -66,7 +67,7 @@ def test_fit_learns_and_writes_a_line_a_step(tiny: Config, dataset: ImageDataset
         epochs[0]
     )
     assert "test_loss" not in epochs[0]
-    assert result.progress.best_accuracy == max(line["validation_accuracy"] for line in epochs)
+    assert result.progress.best == max(line["validation_accuracy"] for line in epochs)
 
 
 def test_watching_the_test_set_adds_its_figures_and_changes_no_bit(
@@ -182,10 +183,42 @@ def test_early_stopping_returns_the_best_parameters(
     config = edit(tiny, train={"epochs": 9, "patience": 3})
     result = fit(config, dataset, workdir)
     assert lines(workdir)[-1]["step"] == 15
-    assert (result.progress.best_epoch, result.progress.best_accuracy) == (2, 0.6)
+    assert (result.progress.best_epoch, result.progress.best) == (2, 0.6)
     assert int(result.state.step) == 6
     expected, _ = run(config, dataset, 6)
     assert trees.sha256(result.state) == trees.sha256(expected)
+
+
+@pytest.mark.parametrize("monitor", ["balanced_accuracy", "macro_f1", "loss"])
+def test_the_best_epoch_is_that_of_the_monitored_figure(
+    tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch, monitor: str
+):
+    """Figures, set here: each one is best in an epoch of its own, and epoch 1 has NaN logits."""
+    figures = {
+        "accuracy": [0.9, 0.8, 0.2, 0.1, 0.3],
+        "balanced_accuracy": [0.9, 0.1, 0.8, 0.3, 0.2],
+        "macro_f1": [0.9, 0.2, 0.3, 0.8, 0.1],
+        "loss": [np.nan, 0.9, 0.8, 0.7, 0.1],
+    }
+    each = iter(
+        [dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True)]
+    )
+    monkeypatch.setattr(fitting, "evaluate", lambda *_: SimpleNamespace(**next(each)))
+    config = edit(tiny, train={"epochs": 5, "patience": 5, "monitor": monitor})
+    result = fit(config, dataset, workdir)
+    expected = {"balanced_accuracy": (3, 0.8), "macro_f1": (4, 0.8), "loss": (5, 0.1)}[monitor]
+    assert (result.progress.best_epoch, result.progress.best) == expected
+    assert int(result.state.step) == 3 * expected[0]
+    ends = [line for line in lines(workdir) if "epoch" in line]
+    assert [line["validation_macro_f1"] for line in ends] == figures["macro_f1"]
+
+
+def test_progress_of_a_checkpoint_that_knew_accuracy_alone():
+    old = {"seconds": 1.0, "images": 8, "best_epoch": 3, "skipped_steps": 0}
+    found = Progress.of({"progress": {**old, "best_accuracy": 0.75}})
+    assert (found.best, found.best_epoch, found.images) == (0.75, 3, 8)
+    assert Progress.of({"progress": {**old, "best_accuracy": -1.0, "best_epoch": 0}}).best is None
+    assert Progress.of({"progress": vars(found)}) == found
 
 
 def test_a_damaged_best_checkpoint_is_not_replaced_by_the_last_state(

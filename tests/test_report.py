@@ -1,7 +1,9 @@
 """report.html and the figures of a run: self-contained, escaped, and for runs of every kind."""
 
 import base64
+import html
 import json
+import os
 import re
 import shutil
 import struct
@@ -31,6 +33,7 @@ from cnn_jax.tools.report import FinishedRun
 from cnn_jax.tools.train import train
 
 WORKDIR = Path("runs/it's")
+STARTED = {"folder": "/tmp", "python": "/py/bin/python", "variables": {}}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), "")
 STRANGE = ('<script>alert("1")</script>', "a&b'$x$", "\udcff\n\u202e")
@@ -120,7 +123,14 @@ def test_the_page_is_complete_and_loads_nothing(
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert ("content", policy) in page.attributes
     assert ("content", "width=device-width, initial-scale=1") in page.attributes
-    for text in ("43.21%", "1.2345", "1,234,567", "12.3 s", "568 images/s", "9.8.7", "made in a"):
+    for text in (
+        "80.00% (49.0% to 94.3%)",
+        "1,234,567",
+        "12.3 s",
+        "568 images/s",
+        "9.8.7",
+        "made in a",
+    ):
         assert text in page.text
     for text in ("4 x H<100> (gpu), 2 CPU cores", "22 train, 9 validation, 10 test images, 3 cl"):
         assert text in page.text
@@ -138,6 +148,26 @@ def test_the_page_is_complete_and_loads_nothing(
     ]
 
 
+def test_headline_figures_have_intervals_and_warnings_stand_below(
+    tiny: Config, dataset: ImageDataset, logits: np.ndarray
+):
+    run = finished(tiny, dataset, logits)
+    summary = {**run.summary, "warnings": ["fewer than 5 <test> images: red (4)"]}
+    summary |= {"best_epoch": 2, "best_validation_macro_f1": 0.625}
+    config = edit(tiny, train={"monitor": "macro_f1"})
+    predictor = replace(run.predictor, config=config, temperature=0.5)
+    page = Page(report.page(WORKDIR, replace(run, summary=summary, predictor=predictor)))
+    found = metrics.figures(run.test, dataset.class_names, 0.5)
+    low, high = found["macro_f1_interval"]
+    assert f"macro-F1{found['macro_f1']:.2%} ({low:.1%} to {high:.1%})" in page.text
+    assert f"balanced accuracy{found['balanced_accuracy']:.2%} (" in page.text
+    assert f"calibration error{found['calibration_error']:.1%}" in page.text
+    assert found["calibration_error"] != metrics.figures(run.test, "rgb", 1.0)["calibration_error"]
+    assert "best validation macro f162.50% in epoch 2" in page.text
+    assert "Warning: fewer than 5 <test> images: red (4)" in page.text
+    assert "top-5" not in page.text
+
+
 def test_the_class_table_has_recall_and_precision(
     tiny: Config, dataset: ImageDataset, logits: np.ndarray
 ):
@@ -145,9 +175,9 @@ def test_the_class_table_has_recall_and_precision(
     text = report.page(WORKDIR, finished(tiny, dataset, logits))
     rows = re.findall("<tr><td>(.*?)</td></tr>", text)
     assert [row.split("</td><td>") for row in rows] == [
-        ["red", "4", "100.0%", "66.7%", "-"],
-        ["green", "3", "66.7%", "100.0%", "red (1)"],
-        ["blue", "3", "66.7%", "100.0%", "red (1)"],
+        ["red", "4", "100.0%", "66.7%", "80.0%", "-"],
+        ["green", "3", "66.7%", "100.0%", "80.0%", "red (1)"],
+        ["blue", "3", "66.7%", "100.0%", "80.0%", "red (1)"],
     ]
 
 
@@ -312,8 +342,8 @@ def test_a_run_of_no_step_without_mistakes_has_a_page(tiny: Config, dataset: Ima
 
 def shell_words(text: str) -> list[str]:
     """Returns the arguments that a shell passes on when the command is pasted."""
-    start = "python -m cnn_jax.main "
-    assert text.startswith(start)
+    folder, start = text.split("\n")[0], f"{STARTED['python']} -m cnn_jax.main "
+    assert folder == "cd /tmp"
     echo = text.replace(start, "printf '%s\\0' ", 1)
     ran = subprocess.run(["sh", "-c", echo], capture_output=True, text=True, check=True)
     return ran.stdout.split("\0")[:-1]
@@ -338,18 +368,44 @@ def test_the_command_makes_the_same_config(name: str):
         seed=3,
     )
     for config in (base, changed):
-        request = command.parse(shell_words(report.command(WORKDIR, config)))
+        request = command.parse(shell_words(report.command(WORKDIR, config, STARTED)))
         assert request.config == config
-        assert request.workdir == WORKDIR
-    assert shell_words(report.command(Path("x"), base)) == [f"--config={name}", "--workdir=x"]
+        assert request.workdir == WORKDIR.absolute()
+    words = shell_words(report.command(Path("/x"), base, STARTED))
+    assert words == [f"--config={name}", "--workdir=/x"]
 
 
 def test_the_command_of_a_config_made_in_python_names_its_file(tiny: Config, tmp_path: Path):
     workdir = tmp_path / "a run"
     workdir.mkdir()
     fields.save(tiny, workdir / "config.json")
-    request = command.parse(shell_words(report.command(workdir, tiny)))
+    request = command.parse(shell_words(report.command(workdir, tiny, STARTED)))
     assert (request.config, request.workdir) == (tiny, workdir)
+
+
+def test_the_commands_of_a_report_work_where_they_are_pasted(tmp_path: Path):
+    """In another folder, without the environment in which the run was started."""
+    (tmp_path / "my runs").mkdir()
+    (tmp_path / "own.py").write_text(
+        "from cnn_jax import losses\ndef loss(logits, labels):\n"
+        "    return 2 * losses.cross_entropy(logits, labels)\n"
+    )
+    finish(
+        *SMALL,
+        "--workdir=my runs/it's",
+        "--train.loss=own.py:loss",
+        "--data.classes=1,2",
+        cwd=tmp_path,
+    )
+    page = (tmp_path / "my runs/it's/report.html").read_text()
+    commands = [html.unescape(text) for text in re.findall("<pre>(.*?)</pre>", page, re.DOTALL)]
+    assert len(commands) == 2
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    for text, expected in zip(commands, ("it's is finished", "params_sha256 matches"), strict=True):
+        ran = subprocess.run(["sh", "-c", text], cwd="/", env=kept, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert expected in ran.stdout
+    assert "JAX_PLATFORMS=cpu" in commands[0]
 
 
 def test_fields_that_differ_from_the_named_config_are_highlighted(
@@ -379,7 +435,7 @@ def test_a_run_evaluates_once_and_writes_its_report_before_its_summary(
     monkeypatch.setattr(Predictor, "logits", remember_logits)
     monkeypatch.setattr(outcome, "write_json", remember_summary)
     train_run(edit(tiny, train={"epochs": 1}), dataset, workdir)
-    assert seen[:3] == ["validation", "test", True]
+    assert seen[:4] == ["validation", "test", "validation", True]
     assert len(Page((workdir / "report.html").read_text()).images()) >= 3
 
 

@@ -102,7 +102,8 @@ def test_the_test_set_is_evaluated_once(
 
     monkeypatch.setattr(fitting.Predictor, "logits", counted)
     train(tiny, dataset, workdir, make_log=quiet)
-    assert seen == ["validation", "validation", "test"]
+    # After each epoch, and for the temperature; of the test images, the result alone.
+    assert seen == ["validation", "validation", "test", "validation"]
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])

@@ -2,14 +2,16 @@
 
 import importlib.metadata
 import json
+import os
 import platform
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import jax
 
-from cnn_jax import fields, files, kernels, mesh, models, user_code
+from cnn_jax import fields, files, kernels, mesh, models, trees, user_code
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, one_line
@@ -17,7 +19,11 @@ from cnn_jax.kernels import cores
 from cnn_jax.predictor import Predictor
 from cnn_jax.runs import checkpoint
 
+ESTIMATOR = "classifier.joblib"
+"""In a run's folder, a classifier of scikit-learn in place of the network's head."""
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "TFDS_DATA_DIR")
 _OF_A_RUN = ("config", "test_accuracy", "test_loss", "steps", "params_sha256", "data", "device")
 _OF_SEEDS = ("config", "test_accuracy_mean", "test_accuracy_std", "runs")
 
@@ -36,7 +42,18 @@ def provenance(config: Config, dataset: ImageDataset) -> dict[str, Any]:
         "versions": versions(),
         "device": device(),
         "user_code": user_code.hashes(),
+        "started": started(),
     }
+
+
+def started() -> dict[str, Any]:
+    """Returns what a command depends on beside its arguments: folder, interpreter, variables."""
+    chosen = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("JAX_", "XLA_")) or name in _VARIABLES
+    }
+    return {"folder": os.getcwd(), "python": sys.executable, "variables": chosen}
 
 
 def versions() -> dict[str, str]:
@@ -106,15 +123,23 @@ def write_json(path: Path, value: Any) -> None:
     files.write(path, json.dumps(value, indent=2) + "\n")
 
 
-def load_predictor(workdir: Path, config: Config, kind: str = "") -> Predictor:
-    """Returns the trained network of a workdir with its preprocessing.
+def load_predictor(
+    workdir: Path, config: Config, kind: str = "", with_classifier: bool = False
+) -> Predictor:
+    """Returns the trained network of a workdir with its preprocessing and its temperature.
 
-    `kind` is "latest" or "best"; "" stands for the one that the run itself reported on.
+    `kind` is "latest" or "best"; "" stands for the one that the run itself reported on. The
+    temperature belongs to that one; other parameters have 1.
 
     Raises:
-        UserError: there is no undamaged checkpoint of that kind.
+        UserError: there is no undamaged checkpoint of that kind; or, unless `with_classifier` is
+            true, a classifier stands in place of the network's head.
     """
     check_single(workdir)
+    if (workdir / ESTIMATOR).exists() and not with_classifier:
+        raise UserError(
+            f"{workdir} holds a classifier ({ESTIMATOR}), which only --mode=predict can use"
+        )
     kind = kind or config.train.reported_kind
     variables, loaded = checkpoint.load_variables(workdir, kind)
     class_names = tuple(loaded.record["class_names"])
@@ -126,7 +151,16 @@ def load_predictor(workdir: Path, config: Config, kind: str = "") -> Predictor:
         class_names=class_names,
         image_shape=(height, width, channels),
         step=loaded.step,
+        temperature=_temperature(workdir, variables["params"]),
     )
+
+
+def _temperature(workdir: Path, params: Any) -> float:
+    """Returns the temperature that a finished run's summary states for these parameters, or 1."""
+    found = read(workdir) or {}
+    stated = found.get("temperature", 1.0)
+    fits = stated != 1.0 and trees.sha256(params) == found["params_sha256"]
+    return stated if fits else 1.0
 
 
 def check_single(workdir: Path) -> None:

@@ -65,16 +65,30 @@ def print_evaluation(
     console: Console, predictor: Predictor, dataset: ImageDataset, test: Evaluation
 ) -> None:
     """Prints what `run` prints, for an evaluation of the test images."""
-    split, names = dataset.test, dataset.class_names
     console.print(
         f"step {predictor.step}: test accuracy {test.accuracy:.2%}, test loss {test.loss:.4f}"
     )
+    temperature = predictor.temperature
+    figures = metrics.figures(test, dataset.class_names, temperature) | {"temperature": temperature}
+    for line in metrics.format_figures(figures):
+        console.print(line)
+    print_classes(console, predictor, dataset, test)
+    counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
+    for line in metrics.class_warnings(dataset.class_names, counts, test.confusion):
+        console.print(printable(f"warning: {line}"))
+
+
+def print_classes(
+    console: Console, predictor: Predictor, dataset: ImageDataset, test: Evaluation
+) -> None:
+    """Prints the scores of each class, the confusion matrix and, of photos, the worst mistakes."""
+    split, names = dataset.test, dataset.class_names
     # Without soft wrap, which would cut long names instead of folding them.
     console.print(class_table(names, test.confusion), soft_wrap=False)
     if len(names) <= _MATRIX_CLASSES:
         console.print("confusion matrix: true classes in rows, predicted classes in columns")
         console.print(confusion_table(names, test.confusion), soft_wrap=False)
-    probabilities = metrics.softmax(test.logits)
+    probabilities = metrics.softmax(test.logits, predictor.temperature)
     wrong = metrics.worst_mistakes(probabilities, split.labels, _MISTAKES)
     if split.files and len(wrong):
         console.print("worst mistakes, lowest probability of the true class first:")
@@ -83,10 +97,10 @@ def print_evaluation(
 
 
 def class_table(class_names: Sequence[str], confusion: np.ndarray) -> Table:
-    """Returns a row per class: images, recall, precision and the most frequent wrong prediction."""
+    """Returns a row per class: images, recall, precision, F1 and the most frequent mistake."""
     table = Table()
-    for heading in ("class", "images", "recall", "precision", "most confused with"):
-        number = heading in ("images", "recall", "precision")
+    for heading in ("class", "images", "recall", "precision", "F1", "most confused with"):
+        number = heading in ("images", "recall", "precision", "F1")
         justify = "right" if number else "left"
         table.add_column(heading, justify=justify, no_wrap=number, overflow="fold")
     for name, scores in zip(class_names, metrics.class_scores(confusion), strict=True):
@@ -95,6 +109,7 @@ def class_table(class_names: Sequence[str], confusion: np.ndarray) -> Table:
             str(scores.images),
             metrics.format_share(scores.recall, 2),
             metrics.format_share(scores.precision, 2),
+            metrics.format_share(scores.f1, 2),
             metrics.format_confused(scores, class_names),
         )
         table.add_row(*map(printable, cells))

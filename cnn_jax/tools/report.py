@@ -7,9 +7,10 @@ forbidden by its Content-Security-Policy. Names of classes and files are escaped
 import base64
 import html
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from cnn_jax.models import inspection
 from cnn_jax.predictor import Predictor
 from cnn_jax.runs import outcome
 from cnn_jax.runs.log import read_metrics
+from cnn_jax.step import Setup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +54,12 @@ class FinishedRun:
     @cached_property
     def probabilities(self) -> np.ndarray:
         """Of each test image: float64 [n, classes]."""
-        return metrics.softmax(self.test.logits)
+        return metrics.softmax(self.test.logits, self.predictor.temperature)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Steps in an epoch of the training images."""
+        return Setup.of(self.predictor.config, self.dataset).steps_per_epoch
 
     @cached_property
     def mistakes(self) -> np.ndarray:
@@ -76,9 +83,9 @@ def load_finished(
         raise UserError(f"{workdir} is not finished; the command that started it continues it")
     outcome.check_classes(workdir, predictor, dataset)
     test = fit.evaluate(predictor, dataset.test)
-    epochs = predictor.step // -(-len(dataset.train) // config.train.batch_size)
-    summary = {**summary, "epochs": epochs}  # of the checkpoint of this kind
-    return FinishedRun(summary, read_metrics(workdir), dataset, predictor, test)
+    run = FinishedRun(summary, read_metrics(workdir), dataset, predictor, test)
+    epochs = predictor.step // run.steps_per_epoch  # of the checkpoint of this kind
+    return replace(run, summary={**summary, "epochs": epochs})
 
 
 def write(workdir: Path, run: FinishedRun) -> None:
@@ -126,7 +133,7 @@ def pictures(run: FinishedRun) -> Iterator[tuple[str, "Figure"]]:
 def conv_kernels(predictor: Predictor) -> dict[str, np.ndarray]:
     """Returns the kernel of each convolution in running order: [height, width, in, out]."""
     params = trees.named_leaves(predictor.variables["params"])
-    rows = inspection.summarize(predictor.model, predictor.image_shape)
+    rows = inspection.summarize(predictor.model, predictor.seen_shape)
     kernels = {row.name: params.get(f"{row.name}/kernel") for row in rows}
     return {k: np.asarray(v) for k, v in kernels.items() if v is not None and v.ndim == 4}
 
@@ -156,24 +163,33 @@ def _steps(run: FinishedRun) -> tuple[np.ndarray, np.ndarray]:
     """Returns epochs and losses of single steps, averaged in at most `_BINS` bins."""
     lines = [line for line in run.metrics if line["loss"] is not None]
     bins = np.array_split(np.arange(len(lines)), min(_BINS, max(len(lines), 1)))
-    per_epoch = -(-len(run.dataset.train) // run.predictor.config.train.batch_size)
-    steps = np.array([line["step"] for line in lines]) / per_epoch
+    steps = np.array([line["step"] for line in lines]) / run.steps_per_epoch
     values = np.array([line["loss"] for line in lines])
     return np.array([steps[b].mean() for b in bins]), np.array([values[b].mean() for b in bins])
 
 
-def command(workdir: Path, config: Config) -> str:
-    """Returns the shell command that trains a config in a workdir."""
+def command(workdir: Path, config: Config, started: Mapping[str, Any]) -> str:
+    """Returns the shell commands that train a config in a workdir, from any folder.
+
+    `started` is that of the run's summary (see `outcome.started`).
+    """
     base = _named(config)
-    source = config.name if base else str(workdir / "config.json")
+    source = config.name if base else os.path.abspath(workdir / "config.json")
     words = [f"--config={source}"]
     if base:
         default = fields.flatten(base)
         for name, value in fields.flatten(config).items():
             if value != default[name] and name != "runtime.cache_dir":
                 words.append(f"--{name}={field_text(value)}")
-    words.append(f"--workdir={workdir}")
-    return "python -m cnn_jax.main " + " \\\n    ".join(map(shlex.quote, words))
+    return _shell(started, [*words, f"--workdir={os.path.abspath(workdir)}"])
+
+
+def _shell(started: Mapping[str, Any], words: Sequence[str]) -> str:
+    """Returns commands that call the main module with these arguments, one a line."""
+    variables = [f"{name}={shlex.quote(value)}" for name, value in started["variables"].items()]
+    program = [*variables, shlex.quote(started["python"]), "-m", "cnn_jax.main"]
+    lines = [" ".join(program), *map(shlex.quote, words)]
+    return f"cd {shlex.quote(started['folder'])}\n" + " \\\n    ".join(lines)
 
 
 def _named(config: Config) -> Config | None:
@@ -204,7 +220,7 @@ def page(workdir: Path, run: FinishedRun) -> str:
         _section("Confusion matrix", shown["confusion_matrix"] + _classes(run)),
         _section("Worst mistakes", shown["mistakes"] + _mistake_files(run)),
         _section("First-layer filters", shown["filters_first"]),
-        _section("Reproduce this run", _reproduce(workdir, config)),
+        _section("Reproduce this run", _reproduce(workdir, run)),
         _section("Environment", _table(_environment(run))),
         _section("Config", _config_table(config)),
     ]
@@ -269,21 +285,38 @@ def _table(rows: Mapping[str, object]) -> str:
 
 
 def _result(run: FinishedRun) -> str:
-    summary = run.summary
+    summary, test = run.summary, run.test
+    found = metrics.figures(test, run.dataset.class_names, run.predictor.temperature)
+
+    def with_interval(name: str) -> str:
+        return f"{found[name]:.2%} ({metrics.format_interval(found[f'{name}_interval'])})"
+
     results = {
-        "test accuracy": f"{summary['test_accuracy']:.2%}",
-        "test loss": f"{summary['test_loss']:.4f}",
+        "test accuracy": with_interval("accuracy"),
+        "macro-F1": with_interval("macro_f1"),
+        "balanced accuracy": with_interval("balanced_accuracy"),
+        "test loss": f"{test.loss:.4f}",
+        "calibration error": f"{found['calibration_error']:.1%}",
         "epochs": summary["epochs"],
         "parameters": f"{summary['param_count']:,}",
     }
+    if found["top5_accuracy"] is not None:
+        results["top-5 accuracy"] = f"{found['top5_accuracy']:.2%}"
     if summary["steps"]:
         results["training time"] = f"{summary['seconds']:,.1f} s"
         results["training speed"] = f"{summary['images_per_second']:,.0f} images/s"
     if summary["best_epoch"]:
-        best = f"{summary['best_validation_accuracy']:.2%} in epoch {summary['best_epoch']}"
-        results["best validation accuracy"] = best
+        monitor = run.predictor.config.train.monitor
+        best = summary[f"best_validation_{monitor}"]
+        text = f"{best:.4f}" if monitor == "loss" else f"{best:.2%}"
+        name = f"best validation {monitor.replace('_', ' ')}"
+        results[name] = f"{text} in epoch {summary['best_epoch']}"
     cells = (f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in results.items())
-    return f"\n<dl>{''.join(cells)}</dl>"
+    note = (
+        "Ranges in brackets are 95% intervals: Wilson's of the accuracy, the others bootstrapped."
+    )
+    warnings = "".join(f"<p><b>Warning:</b> {_text(w)}</p>" for w in summary.get("warnings", ()))
+    return f"\n<dl>{''.join(cells)}</dl>\n<p>{note}</p>{warnings}"
 
 
 def _classes(run: FinishedRun) -> str:
@@ -295,10 +328,11 @@ def _classes(run: FinishedRun) -> str:
             scores.images,
             metrics.format_share(scores.recall, 1),
             metrics.format_share(scores.precision, 1),
+            metrics.format_share(scores.f1, 1),
             metrics.format_confused(scores, names),
         )
         rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
-    headings = ("class", "test images", "recall", "precision", "most confused with")
+    headings = ("class", "test images", "recall", "precision", "F1", "most confused with")
     head = "<tr>" + "".join(f"<th>{heading}</th>" for heading in headings) + "</tr>"
     table = "\n".join([head, *rows])
     return f"<details><summary>Scores by class</summary>\n<table>\n{table}\n</table></details>"
@@ -314,10 +348,12 @@ def _mistake_files(run: FinishedRun) -> str:
     return f"<ol>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ol>"
 
 
-def _reproduce(workdir: Path, config: Config) -> str:
-    verify = shlex.join(["python", "-m", "cnn_jax.main", "--mode=verify", f"--workdir={workdir}"])
+def _reproduce(workdir: Path, run: FinishedRun) -> str:
+    config = run.predictor.config
+    started = run.summary.get("started") or outcome.started()
+    verify = _shell(started, ["--mode=verify", f"--workdir={os.path.abspath(workdir)}"])
     return (
-        f"<pre>{_text_lines(command(workdir, config))}</pre>\n"
+        f"<pre>{_text_lines(command(workdir, config, started))}</pre>\n"
         "<p>If the folder still exists, the command shows its result. The following one trains "
         "the run a second time and compares the parameters:</p>\n"
         f"<pre>{_text_lines(verify)}</pre>"

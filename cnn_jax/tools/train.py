@@ -1,25 +1,34 @@
 """--mode=train: trains or resumes a run, evaluates it once on the test set, and reports on it."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
-from cnn_jax import data, trees, user_code
+from cnn_jax import data, metrics, trees, user_code
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
-from cnn_jax.errors import UserError
-from cnn_jax.fit import Hook, Result, evaluate, fit
+from cnn_jax.errors import UserError, printable
+from cnn_jax.fit import Hook, NotFinite, Result, evaluate, fit
+from cnn_jax.metrics import Evaluation
+from cnn_jax.predictor import Predictor
 from cnn_jax.runs import outcome, processes
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.log import RunLog
 from cnn_jax.tools import Request, report
-from cnn_jax.tools.evaluate import load_dataset, print_evaluation
+from cnn_jax.tools.evaluate import load_dataset, print_classes
 from cnn_jax.tools.report import FinishedRun
+
+_MANY_SKIPPED = 0.1
+"""Share of skipped steps from which a run gets a warning."""
+_WIDE = 0.05
+"""Difference of two accuracies that is not noise, and gets a warning."""
 
 MakeFolder = Callable[[Path], RunFolder]
 
@@ -53,7 +62,7 @@ def run(request: Request) -> None:
                         finished = finish(one, dataset, part, fit(one, dataset, part, hooks))
                         ended = dict(finished.summary)
                         if dataset.test.files:
-                            print_evaluation(console, finished.predictor, dataset, finished.test)
+                            print_classes(console, finished.predictor, dataset, finished.test)
                     summaries.append(ended)
             found = _join(config, folder, summaries)
     _print_result(console, found)
@@ -83,24 +92,82 @@ def train(
         return replace(finished, summary=outcome.read(workdir) or {})  # as it is read back later
 
 
-def finish(config: Config, dataset: ImageDataset, folder: RunFolder, result: Result) -> FinishedRun:
-    """Evaluates a trained network once on the test set, and writes report.html and summary.json."""
-    test = plain = evaluate(result.predictor, dataset.test)
-    if config.augment.test_time != "none":
-        plain = evaluate(result.predictor, dataset.test, "none")
+def finish(
+    config: Config,
+    dataset: ImageDataset,
+    folder: RunFolder,
+    result: Result,
+    calibrated: bool = False,
+) -> FinishedRun:
+    """Evaluates a trained network once on the test set, and writes report.html and summary.json.
+
+    With a validation part the temperature of its probabilities is fitted on that, unless it is
+    `calibrated` already.
+
+    Raises:
+        NotFinite: the network's outputs are not finite. Nothing is written.
+    """
+    predictor = result.predictor
+    test = plain = evaluate(predictor, dataset.test)
+    if not math.isfinite(test.loss):
+        raise NotFinite(
+            f"test loss {test.loss:g} after {predictor.step} steps, of which "
+            f"{result.progress.skipped_steps} were skipped: the network's outputs are not finite; "
+            "lower optim.learning_rate, or set optim.clip_norm, and choose another --workdir"
+        )
+    if dataset.validation is not None and not calibrated:
+        validation = evaluate(predictor, dataset.validation)
+        temperature = metrics.fit_temperature(validation.logits, validation.labels)
+        predictor = replace(predictor, temperature=temperature)
+    if config.augment.test_time != "none" or config.train.ema_decay:
+        plain = evaluate(_without_average(result), dataset.test, "none")
+    figures = metrics.figures(test, dataset.class_names, predictor.temperature)
     found = (
         outcome.provenance(config, dataset)
         | _figures(result)
+        | {f"test_{name}": figure for name, figure in figures.items()}
         | {
-            "test_accuracy": test.accuracy,
             "test_loss": test.loss,
             "test_accuracy_plain": plain.accuracy,
+            "temperature": predictor.temperature,
+            "warnings": _warnings(config, dataset, result, test, plain),
         }
     )
-    metrics = folder.read_metrics()
-    finished = FinishedRun(found, metrics, dataset, result.predictor, test)
+    finished = FinishedRun(found, folder.read_metrics(), dataset, predictor, test)
     folder.finish(found, lambda: report.write(folder.path, finished))
     return finished
+
+
+def _without_average(result: Result) -> Predictor:
+    """Returns the network with the parameters themselves in place of `train.ema_decay`'s average.
+
+    Lookahead's average is what training continues from, so it stays.
+    """
+    if not result.setup.config.train.ema_decay:
+        return result.predictor
+    variables = {"params": result.state.params, "batch_stats": result.state.batch_stats}
+    return replace(result.predictor, variables=variables)
+
+
+def _warnings(
+    config: Config, dataset: ImageDataset, result: Result, test: Evaluation, plain: Evaluation
+) -> list[str]:
+    """Returns what to know before one trusts a result."""
+    train_counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
+    lines = metrics.class_warnings(dataset.class_names, train_counts, test.confusion)
+    skipped, steps = result.progress.skipped_steps, int(result.state.step)
+    if skipped > _MANY_SKIPPED * steps:
+        lines.append(
+            f"{skipped} of {steps} steps were skipped because their loss or gradient was not "
+            "finite: lower optim.learning_rate, or set optim.clip_norm"
+        )
+    if config.train.ema_decay and abs(test.accuracy - plain.accuracy) > _WIDE:
+        lines.append(
+            f"the averaged parameters reach {test.accuracy:.1%} and the last ones "
+            f"{plain.accuracy:.1%}: train.ema_decay={config.train.ema_decay:g} does not suit a run "
+            f"of {steps} steps"
+        )
+    return lines
 
 
 def _figures(result: Result) -> dict[str, Any]:
@@ -111,7 +178,7 @@ def _figures(result: Result) -> dict[str, Any]:
         "train_accuracy": float(sums.correct / sums.count) if steps else None,
         "train_loss": float(sums.loss / sums.count) if steps else None,
         "best_epoch": progress.best_epoch or None,
-        "best_validation_accuracy": progress.best_accuracy if progress.best_epoch else None,
+        f"best_validation_{result.setup.config.train.monitor}": progress.best,
         "epochs": steps // result.setup.steps_per_epoch,
         "steps": steps,
         "skipped_steps": progress.skipped_steps,
@@ -172,22 +239,33 @@ def _check_photos(config: Config, workdir: Path, found: dict[str, Any]) -> None:
 
 
 def _print_result(console: Console, found: dict[str, Any]) -> None:
-    if "runs" not in found:
-        console.print(_result(found))
-        return
-    for one in found["runs"]:
-        console.print(f"seed {one['seed']}: {_result(one)}")
-    console.print(
-        f"{len(found['runs'])} seeds: test accuracy {found['test_accuracy_mean']:.2%}, "
-        f"standard deviation {found['test_accuracy_std']:.2%}"
-    )
+    several = "runs" in found
+    for one in found.get("runs", [found]):
+        start = f"seed {one['seed']}: " if several else ""
+        for line in _result(one):
+            console.print(printable(start + line))
+    if several:
+        console.print(
+            f"{len(found['runs'])} seeds: test accuracy {found['test_accuracy_mean']:.2%}, "
+            f"standard deviation {found['test_accuracy_std']:.2%}"
+        )
 
 
-def _result(found: dict[str, Any]) -> str:
+def _result(found: dict[str, Any]) -> list[str]:
+    """Returns the result of one run: its figures, and what to know about them."""
     line = f"test accuracy {found['test_accuracy']:.2%}, test loss {found['test_loss']:.4f}"
     if found["steps"]:
         line += (
             f" after {found['epochs']} epochs ({found['seconds']:.1f} s of training, "
             f"{found['images_per_second']:,.0f} images/s)"
         )
-    return line
+    if found["skipped_steps"]:
+        line += f"; {found['skipped_steps']} of {found['steps']} steps skipped, as not finite"
+    if "warnings" not in found:  # A run of an older version.
+        return [line]
+    figures = {name.removeprefix("test_"): value for name, value in found.items()}
+    return [
+        line,
+        *metrics.format_figures(figures),
+        *(f"warning: {warning}" for warning in found["warnings"]),
+    ]
