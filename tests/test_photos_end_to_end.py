@@ -52,16 +52,16 @@ def test_own_photos_in_one_command(cwd: Path):
     result = command(*RUN, "--workdir=run", cwd=cwd)
     assert result.returncode == 0, result.stderr
     out = result.stdout
-    assert "folder photos: 48 train, 12 test images, 3 classes" in out
+    assert "folder photos: 52 train, 8 test images, 3 classes" in out
     assert "from pretrained" in out
     assert "3 files skipped" in result.stderr
     accuracy = re.search(r"^test accuracy ([\d.]+)%", out, re.MULTILINE)
     assert accuracy is not None
     assert float(accuracy[1]) >= 75
     rows = [[cell.strip() for cell in re.split("[│┃]", line)] for line in out.splitlines()]
-    headings = ["class", "images", "recall", "precision", "most confused with"]
-    assert ["", *headings, ""] in rows
-    assert sum(int(row[2]) for row in rows if row[1:2] and row[1] in COLOURS) == 12
+    headings = {"class", "images", "recall", "precision", "most confused with"}
+    assert any(headings <= {*row} for row in rows)
+    assert sum(int(row[2]) for row in rows if row[1:2] and row[1] in COLOURS) == 8
     again = command("--mode=evaluate", "--workdir=run", cwd=cwd)
     assert f"test accuracy {accuracy[1]}%" in again.stdout
     predicted = command("--mode=predict", "--workdir=run", "photos/blue/0.jpg", cwd=cwd)

@@ -12,10 +12,10 @@ from pathlib import Path
 from absl import logging
 
 from cnn_jax.config import DataConfig
-from cnn_jax.data import cache, custom, digits, photo_folder, photos, split, stream, tfds
+from cnn_jax.data import cache, custom, digits, photo_folder, photo_set, photos, split, stream, tfds
 from cnn_jax.data.cache import cache_folder
 from cnn_jax.data.dataset import Decoded, ImageDataset, Source, Split, check
-from cnn_jax.errors import UserError, one_line
+from cnn_jax.errors import UserError, one_line, printable
 from cnn_jax.values import is_user_code
 
 __all__ = [
@@ -44,15 +44,18 @@ def load(config: DataConfig, cache_dir: str = "", storage: str = "auto") -> Imag
         UserError: the images are missing, unreadable or do not fit `config` or into memory.
     """
     try:
-        source = _source(config)
+        source = _source(config, cache_folder(cache_dir))
         decoded = _decode(source, cache_folder(cache_dir), storage)
     except (OSError, MemoryError) as error:
         raise UserError(f"data.name={config.name} can't be read: {one_line(error)}") from None
     if decoded.skipped:
         logging.warning("%s: %s", source.description, photos.skipped_line(decoded.skipped))
-    names = config.classes or decoded.class_names
-    parts = {p: split.select(s, decoded.class_names, names) for p, s in decoded.parts.items()}
-    set_aside = partial(split.set_aside, class_names=names, seed=config.split_seed)
+    known = decoded.class_names
+    names = tuple(n if n in known else photo_folder.normal(n) for n in config.classes) or known
+    parts = {p: split.select(s, known, names) for p, s in decoded.parts.items()}
+    set_aside = partial(
+        split.set_aside, class_names=names, seed=config.split_seed, copies=source.copies
+    )
     train = parts["train"]
     if "test" not in parts:
         train, parts["test"] = set_aside(train, fraction=config.test_fraction, purpose="test")
@@ -73,6 +76,8 @@ def load(config: DataConfig, cache_dir: str = "", storage: str = "auto") -> Imag
         root=source.root,
     )
     check(dataset)
+    for sentence in split.describe_copies(dataset.parts, source.copies):
+        logging.warning("%s: %s", source.description, printable(sentence))
     return dataset if stream.is_chosen(storage, dataset.nbytes) else dataset.in_memory()
 
 
@@ -105,8 +110,9 @@ def image_side(config: DataConfig) -> int:
     return tfds.SHAPES[config.name][0] if config.name in tfds.SHAPES else config.image_size
 
 
-def _source(config: DataConfig) -> Source:
+def _source(config: DataConfig, cache_dir: Path) -> Source:
     if is_user_code(config.name):
         return custom.source(config)
-    sources = {"digits": digits.source, "folder": photo_folder.source}
-    return sources.get(config.name, tfds.source)(config)
+    if config.name == "folder":
+        return photo_set.source(config, cache_dir)
+    return (digits.source if config.name == "digits" else tfds.source)(config)

@@ -4,6 +4,7 @@ What a file is, its content says and not its name. A photo becomes a square as a
 training, evaluation, prediction and export share it.
 """
 
+import io
 import os
 import re
 import warnings
@@ -26,7 +27,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # The formats are listed because Pillow would pass a disguised PostScript file to an interpreter.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
-_UNKNOWN = "not an image of a known format"
+UNKNOWN = "not an image of a known format"
+"""The reason why a file that is no photo is not read."""
 _CONVERT = "can't be read; convert it to JPEG or PNG, as `magick mogrify -format jpg FILES` does"
 _UNREADABLE = {
     "HEIC": f"HEIC (an iPhone's format) {_CONVERT}",
@@ -112,7 +114,7 @@ def load_image(path: str | os.PathLike[str], layout: Layout) -> np.ndarray:
 def read_images(
     paths: Sequence[Path], layout: Layout, done: Callable[[], None] = lambda: None
 ) -> tuple[np.ndarray, list[str]]:
-    """Reads several files with four threads, the broken ones too.
+    """Reads several files with threads, and says of broken ones why they can't be read.
 
     Args:
         paths: the files.
@@ -135,7 +137,7 @@ def read_images(
         return ""
 
     # Pillow decodes without the interpreter's lock. Each thread holds a whole photo in memory.
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2)) as pool:
         return images, list(pool.map(read, range(len(paths))))
 
 
@@ -237,7 +239,7 @@ def _why_not_read(entry: os.DirEntry[str], inside: Path) -> str:
         kind = _kind(entry.path)
     except OSError as error:
         return error.strerror or one_line(error)
-    return _UNREADABLE.get(kind, "") if kind else _UNKNOWN
+    return _UNREADABLE.get(kind, "") if kind else UNKNOWN
 
 
 def _kind(path: str | os.PathLike[str]) -> str:
@@ -254,13 +256,15 @@ def _kind(path: str | os.PathLike[str]) -> str:
 
 
 def _read_image(path: Path, layout: Layout) -> np.ndarray:
-    with _open(path) as opened:
-        _shrink(opened, layout)
-        image = _eight_bits(opened)
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        if method := _UPRIGHT.get(_orientation(opened)):
-            image = image.transpose(method)
-    size, box = _scaling(image.size, layout)
+    kind = _kind(path)
+    try:
+        image, extent, orientation = _decode(path, kind, layout)
+    except Exception:
+        if kind != "PNG":
+            raise
+        pixels = io.BytesIO(_without_side_data(path.read_bytes()))
+        image, extent, orientation = _decode(pixels, kind, layout)
+    size, box = _scaling(extent, layout, orientation)
     image = image.resize(size, _FILTERS[layout.interpolation], box)
     if image.mode == "RGBA":
         white = Image.new("RGBA", image.size, "white")
@@ -269,40 +273,73 @@ def _read_image(path: Path, layout: Layout) -> np.ndarray:
         square = Image.new("RGB", (layout.side, layout.side), _GRAY)
         square.paste(image, ((layout.side - size[0]) // 2, (layout.side - size[1]) // 2))
         image = square
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     return np.asarray(image)
 
 
-def _open(path: Path) -> Image.Image:
-    kind = _kind(path)
+def _decode(
+    file: Path | io.BytesIO, kind: str, layout: Layout
+) -> tuple[Image.Image, tuple[float, float], int]:
+    """Returns an image as RGB or RGBA, what `_shrink` returns, and its EXIF orientation."""
+    with _open(file, kind) as opened:
+        extent = _shrink(opened, layout)
+        image = _eight_bits(opened)
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return image, extent, _orientation(opened)
+
+
+def _open(file: Path | io.BytesIO, kind: str) -> Image.Image:
     if kind in _UNREADABLE:
         raise ValueError(_UNREADABLE[kind])
     if kind == "JPEG":
         # Image.open would judge a JPEG by its full size, and read its list of further pictures.
-        return JpegImagePlugin.JpegImageFile(str(path))
-    return Image.open(path, formats=_FORMATS)
+        return JpegImagePlugin.JpegImageFile(file)
+    return Image.open(file, formats=_FORMATS)
 
 
-def _shrink(image: Image.Image, layout: Layout) -> None:
+def _without_side_data(png: bytes) -> bytes:
+    """Returns a PNG file without texts, colour profiles and the like, which may be what is faulty.
+
+    A chunk is four bytes each of length and kind, the content, and four bytes of checksum
+    (https://www.w3.org/TR/png-3/#5Chunk-layout).
+    """
+    kept, start = [png[:8]], 8
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4])
+        if png[start + 4 : start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND"):
+            kept.append(png[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _shrink(image: Image.Image, layout: Layout) -> tuple[float, float]:
     """Lets libjpeg decode a large photo at 1/2 to 1/8 of its size, up to ten times faster.
 
     What it decodes is at least twice as large as the square in each direction that is kept.
 
+    Returns:
+        Width and height of the whole photo in the pixels that will be decoded. Their numbers are
+        these, rounded up.
+
     Raises:
         ValueError: more pixels would be held in memory than Pillow's limit for images.
     """
-    full = image.width * image.height
-    least = 2.0 * layout.side
+    full, least = image.width * image.height, 2.0 * layout.side
+    wanted = (int(least), int(least))
     if layout.fit == "pad":
         scale = least / max(image.size)
-        image.draft(None, (max(int(image.width * scale), 1), max(int(image.height * scale), 1)))
-    else:
-        image.draft(None, (int(least), int(least)))
+        wanted = (max(int(image.width * scale), 1), max(int(image.height * scale), 1))
+    extent = (float(image.width), float(image.height))
+    if drafted := image.draft(None, wanted):
+        extent = drafted[1][2:]
     held = image.width * image.height
     if image.info.get("progressive"):
         # libjpeg holds the coefficients of all of it, two bytes for each of one to three channels.
         held = max(held, full // 2)
     if held > (Image.MAX_IMAGE_PIXELS or held):
         raise ValueError(f"{full:,} pixels are more than a photo has (a decompression bomb)")
+    return extent
 
 
 def _orientation(image: Image.Image) -> int:
@@ -336,30 +373,36 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _scaling(
-    size: tuple[int, int], layout: Layout
+    extent: tuple[float, float], layout: Layout, orientation: int
 ) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
-    """Returns the size to scale a photo to, and the part of it that is scaled."""
-    width, height = size
-    side = layout.side
-    whole = (0.0, 0.0, float(width), float(height))
+    """Returns the size to scale a photo to, and the part of it that is scaled.
+
+    Args:
+        extent: width and height of the photo, before it is turned upright.
+        layout: how it becomes a square.
+        orientation: how it will be turned.
+    """
+    width, height = extent
+    side, longest = layout.side, max(extent)
     if layout.fit == "stretch":
-        return (side, side), whole
+        return (side, side), (0.0, 0.0, width, height)
     if layout.fit == "pad":
-        scale = side / max(width, height)
-        return (max(round(width * scale), 1), max(round(height * scale), 1)), whole
+        scaled = (max(round(x * side / longest), 1) for x in extent)
+        return (next(scaled), next(scaled)), (0.0, 0.0, width, height)
     # torchvision scales the short side to `side` and the long one to a whole number of pixels, and
     # cuts the centre at whole pixels; this is the same rectangle before scaling.
-    box = [0.0, 0.0, float(width), float(height)]
-    axis = 0 if width > height else 1
-    scaled = side * max(size) // min(size)
+    across = width > height
+    scaled = int(side * longest / min(extent))
     start = round((scaled - side) / 2)
-    box[axis], box[axis + 2] = (x * max(size) / scaled for x in (start, start + side))
-    return (side, side), (box[0], box[1], box[2], box[3])
+    if orientation in ((2, 3, 7, 8) if across else (3, 4, 6, 7)):
+        start = scaled - side - start  # The photo's end becomes its start.
+    low, high = (x * longest / scaled for x in (start, start + side))
+    return (side, side), (low, 0.0, high, height) if across else (0.0, low, width, high)
 
 
 def _reason(error: BaseException, path: str | os.PathLike[str]) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return _UNKNOWN
+        return UNKNOWN
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return one_line(error).replace(os.fspath(path), Path(path).name)
