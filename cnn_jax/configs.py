@@ -144,6 +144,49 @@ def finetune_gradual() -> Config:
     return replace(base, name="finetune_gradual", optim=replace(base.optim, groups=groups))
 
 
+def photos() -> Config:
+    """Own photos, from weights of ImageNet: a new head, then all layers, 5 epochs.
+
+    Network and preprocessing are those of init.checkpoint, the photos are in data.dir. An epoch of
+    few photos goes through them several times.
+    """
+    return Config(
+        name="photos",
+        data=DataConfig(name="folder", image_size=224),
+        augment=AugmentConfig(flip="random", random_crop=0.35),
+        model=ModelConfig(name="efficientnet_lite0", blocks=(), dense=(), dropout=0.2),
+        init=InitConfig(checkpoint="tf_efficientnet_lite0.safetensors", skip=("head/.*",)),
+        optim=OptimConfig(
+            name="adamw",
+            learning_rate=1e-3,
+            weight_decay=0.02,
+            schedule="cosine",
+            warmup_epochs=0.3,
+            groups=(
+                _NEW_HEAD,
+                ("{last}/.*", ((0, None), (1, 1.0))),
+                (".*", ((0, None), (1, 0.5))),
+            ),
+        ),
+        train=TrainConfig(epochs=5, batch_size=32, min_epoch_steps=50, label_smoothing=0.1),
+    )
+
+
+def photos_features() -> Config:
+    """Own photos, from weights of ImageNet: a new head alone, in minutes on a laptop.
+
+    The frozen layers' outputs are computed only once, so the images are not changed at random.
+    """
+    base = photos()
+    return replace(
+        base,
+        name="photos_features",
+        augment=AugmentConfig(),
+        optim=replace(base.optim, groups=(_NEW_HEAD, _FROZEN), warmup_epochs=0.0),
+        train=replace(base.train, epochs=30, label_smoothing=0.0, cache_frozen=True),
+    )
+
+
 def resnet_small() -> Config:
     """A residual network of 14 layers with BatchNorm, 20 epochs.
 
@@ -218,6 +261,8 @@ CONFIGS: dict[str, Callable[[], Config]] = {
         finetune_last_block,
         finetune_all,
         finetune_gradual,
+        photos,
+        photos_features,
     )
 }
 
