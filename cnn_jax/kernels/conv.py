@@ -11,13 +11,14 @@ order:
 3. `conv_relu_pool`, 3x3 with ReLU, a 2x2 max pool, or both, for more channels.
 4. Winograd's minimal filtering, with which 1 and 3 compute 3x3 convolutions of stride 1 and 16 or
    more channels each way, and their gradients, with 2.25 times fewer multiplications.
-5. `_chunked`, the loop over the batch that all of them share.
+
+All of them share the loop over the batch in chunks.py.
 
 Images are NHWC, kernels HWIO; both have the same type, float32 or bfloat16. Sums are float32.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,18 +27,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cnn_jax import mesh
 from cnn_jax.kernels.bits import (
     from_bits,
     matmul,
     round_to,
-    slice_of,
     to_bits,
     transpose,
     transpose_and_widen,
     widen,
-    write_rows,
 )
+from cnn_jax.kernels.chunks import chunked
 from cnn_jax.kernels.pool import Pads, Pair, first_maximum, pad, windows
 
 Grid = Sequence[Sequence[Array]]
@@ -45,10 +44,6 @@ Grid = Sequence[Sequence[Array]]
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
-# Output pixels that are worked on at a time: their intermediate arrays should fit into a core's
-# cache and still give matrices large enough to be multiplied at full speed. It is twice as many for
-# bfloat16.
-_CHUNK_PIXELS = 1024
 # A product with fewer rows than this is computed in float32, because that takes less time than to
 # transpose so few columns of bfloat16.
 _FEW_ROWS = 64
@@ -77,7 +72,7 @@ def conv(
             _multiply_tiles(tiles, kernels, kernel.shape[-1]), size, x.dtype
         ), None
 
-    return _chunked(convolve, (x,), _transform_kernel(kernel), n_pixels=size[0] * size[1])[0]
+    return chunked(convolve, (x,), _transform_kernel(kernel), n_pixels=size[0] * size[1])[0]
 
 
 def _conv_forward(
@@ -100,7 +95,7 @@ def _conv_backward(
     def finish(total: Any) -> Array:
         return _to_kernel_gradient(total, kernel.shape[-1]) if winograd else total
 
-    _, total = _chunked(multiply, (x, dy), n_pixels=size[0] * size[1], finish=finish)
+    _, total = chunked(multiply, (x, dy), n_pixels=size[0] * size[1], finish=finish)
     dx = _input_gradient(dy, kernel, x.shape, strides, pads)
     return dx, round_to(total.reshape(kernel.shape), kernel.dtype)
 
@@ -173,7 +168,7 @@ def _conv_relu_forward(
         return round_to(jnp.maximum(_plus_bias(y, bias), 0), x.dtype), None
 
     # XLA's own convolution takes less time per image for several images than for one.
-    y = _chunked(convolve, (x,), kernel, bias, n_pixels=x.shape[1] * x.shape[2] // 8)[0]
+    y = chunked(convolve, (x,), kernel, bias, n_pixels=x.shape[1] * x.shape[2] // 8)[0]
     return y, (x, kernel, bias, y)
 
 
@@ -188,7 +183,7 @@ def _conv_relu_backward(
         return None, _contract_transposed(*lax.optimization_barrier((patches, dy)))
 
     # The patches of a few channels take as much memory again, so an image counts twice.
-    _, total = _chunked(multiply, (x, dy, y), n_pixels=2 * x.shape[1] * x.shape[2])
+    _, total = chunked(multiply, (x, dy, y), n_pixels=2 * x.shape[1] * x.shape[2])
     dy = round_to(_relu_gradient(dy, y), x.dtype)
     dx = _input_gradient(dy, kernel, x.shape, (1, 1), _SAME)
     return dx, *_split_gradients(total, kernel, bias)
@@ -271,7 +266,7 @@ def _conv_relu_pool_forward(
         return (round_to(largest, x.dtype), place), None
 
     kernels, n_pixels = _transform_kernel(kernel), size[0] * size[1]
-    joined = _chunked(convolve, (x,), kernels, bias, n_pixels=n_pixels)[0]
+    joined = chunked(convolve, (x,), kernels, bias, n_pixels=n_pixels)[0]
     y, kept = joined if pool else (joined, joined)
     return y, (x, kernel, bias, kept)
 
@@ -299,7 +294,7 @@ def _conv_relu_pool_backward(
         return jnp.concatenate([_to_kernel_gradient(total[0], kernel.shape[-1]), total[1][None]])
 
     kernels, n_pixels = _transform_kernel(_rotate(kernel)), size[0] * size[1]
-    dx, total = _chunked(multiply, (x, dy, kept), kernels, n_pixels=n_pixels, finish=finish)
+    dx, total = chunked(multiply, (x, dy, kept), kernels, n_pixels=n_pixels, finish=finish)
     return dx, *_split_gradients(total, kernel, bias)
 
 
@@ -471,58 +466,6 @@ def _combine(factors: Sequence[float], arrays: Sequence[Array]) -> Array:
     pairs = [(f, widen(a)) for f, a in zip(factors, arrays, strict=True) if f]
     terms = [a if f == 1 else f * a for f, a in pairs]
     return sum(terms[1:], start=terms[0])
-
-
-# 5. The loop over the batch
-
-
-def _chunked(
-    function: Callable[..., tuple[Any, Any]],
-    batches: Sequence[Any],
-    *whole: Any,
-    n_pixels: int,
-    finish: Callable[[Any], Any] = lambda total: total,
-) -> tuple[Any, Any]:
-    """Returns function(*batches, *whole), computed for a chunk of images at a time.
-
-    The function gets the chunk's rows of `batches` and all of `whole`. It returns two trees: arrays
-    with a row for each image, which are joined, and arrays that are summed. `n_pixels` is the size
-    of an image, which limits the number of images of a chunk. Each device's sums become
-    finish(sums) before they are summed over the devices, which wait for each other at every array.
-    """
-
-    def run(*args: Any) -> tuple[Any, Any]:
-        batches, whole = args[: len(args) - n_whole], args[len(args) - n_whole :]
-        n_images = len(batches[0])
-        n = _chunk_size(n_images, n_pixels * batches[0].dtype.itemsize // 4)
-
-        def chunk(i: Any) -> tuple[Any, Any]:
-            return function(*(slice_of(batch, i * n, n) for batch in batches), *whole)
-
-        def body(i: Array, so_far: tuple[Any, Any]) -> tuple[Any, Any]:
-            rows, terms = chunk(i)
-            joined, total = so_far
-            joined = jax.tree.map(partial(write_rows, i * n), joined, rows)
-            return joined, jax.tree.map(jnp.add, total, terms)
-
-        def empty(rows: Any) -> Array:
-            return to_bits(jnp.zeros((n_images, *rows.shape[1:]), rows.dtype))
-
-        rows, terms = jax.eval_shape(chunk, 0)
-        start = jax.tree.map(empty, rows), jax.tree.map(jnp.zeros_like, terms)
-        joined, total = lax.fori_loop(0, n_images // n, body, start)
-        joined = jax.tree.map(lambda a, like: from_bits(a, like.dtype), joined, rows)
-        return joined, finish(total)
-
-    n_whole = len(whole)
-    in_axes = (0,) * len(batches) + (None,) * n_whole
-    return mesh.shard_map(run, in_axes, (0, None))(*batches, *whole)
-
-
-def _chunk_size(n_images: int, n_pixels: int) -> int:
-    """Returns the number of images of a chunk, which divides `n_images`."""
-    limit = max(1, min(n_images, _CHUNK_PIXELS // max(n_pixels, 1)))
-    return next(n for n in range(limit, 0, -1) if n_images % n == 0)
 
 
 # The gradient of a bias without ReLU
