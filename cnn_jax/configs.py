@@ -22,6 +22,7 @@ from cnn_jax.errors import UserError, nearest
 from cnn_jax.values import is_user_code
 
 _NEW_HEAD, _FROZEN, _LAST_BLOCK = ("head/.*", 1.0), (".*", None), ("{last}/.*", 0.1)
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _BLOCK1, _BLOCK2, _BLOCK3 = (64, 64), (128, 128), (256, 256, 256)
 
@@ -152,7 +153,9 @@ def photos() -> Config:
     """
     return Config(
         name="photos",
-        data=DataConfig(name="folder", image_size=224),
+        data=DataConfig(
+            name="folder", image_size=224, crop=0.875, interpolation="bicubic", normalize=_HALF
+        ),
         augment=AugmentConfig(flip="random", random_crop=0.35),
         model=ModelConfig(name="efficientnet_lite0", blocks=(), dense=(), dropout=0.2),
         init=InitConfig(checkpoint="tf_efficientnet_lite0.safetensors", skip=("head/.*",)),

@@ -4,7 +4,10 @@ import os
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Read when JAX is imported.
+# Both are read when JAX is imported. To optimise the programs of tests takes longer than to run
+# them; .ci/run repeats those of the kernels and of reproducibility with all optimisations.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest

@@ -61,7 +61,6 @@ def test_a_notebook_uses_names_that_exist(path: Path):
 @pytest.mark.filterwarnings("default")  # The libraries that run notebooks warn.
 def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CNN_JAX_FAST", "1")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # Compiles faster.
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path / "jupyter"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))

@@ -43,7 +43,8 @@ _FORKS.set_forkserver_preload(
 
 def virtual_devices(n: int) -> dict[str, str]:
     """Returns the environment of a process that sees n virtual devices."""
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={n}".strip()}
 
 
 @dataclass
