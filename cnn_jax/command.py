@@ -42,6 +42,20 @@ _FLAGS = (
         "The parameters of a run that a mode uses. Default: those that the run reported on.",
     ),
     Field("json", bool, False, "With --mode=predict: print JSON."),
+    Field("top_k", int, 1, "With --mode=predict: the number of classes that are listed."),
+    Field(
+        "min_probability",
+        float,
+        0.0,
+        "With --mode=predict: mark photos whose class has a lower probability as uncertain.",
+    ),
+    Field("output", str, "", "With --mode=predict: write a .csv or .jsonl file, instead of lines."),
+    Field(
+        "explain",
+        str,
+        "",
+        "With --mode=predict: a folder for a picture of each photo that shows what counts in it.",
+    ),
     Field(
         "layer",
         str,
@@ -134,6 +148,10 @@ def parse(arguments: list[str]) -> Request:
         raise UserError(f"unexpected argument {paths[0]}; fields are set by --SECTION.FIELD=VALUE")
     if own["distributed"] and own["mode"] != "train":
         raise UserError(f"--distributed is for --mode=train, not {own['mode']}")
+    if own["top_k"] < 1:
+        raise UserError("--top_k must be 1 or more")
+    if not 0 <= own["min_probability"] <= 1:
+        raise UserError("--min_probability must be in [0, 1]")
     source = own.pop("config")
     if mode.reads_run and own["workdir"] and "config" not in texts:
         source = str(Path(own["workdir"]) / "config.json")

@@ -382,6 +382,26 @@ def heat_maps(
     return figure
 
 
+def explanation(
+    image: UInt8[np.ndarray, "height width 3"],
+    title: str,
+    grad_cam: Float[np.ndarray, "map_height map_width"],
+) -> Figure:
+    """Draws an image with its class as title, and beside it the map from `saliency.grad_cam`."""
+    figure = _figure(0.55 * _WIDTH)
+    left, right = figure.subplots(1, 2)
+    height, width = image.shape[:2]
+    for ax in (left, right):
+        ax.imshow(image)
+        ax.set_axis_off()
+    left.set_title(_plain(title, 40))
+    right.set_title("Grad-CAM")
+    whole = (-0.5, width - 0.5, height - 0.5, -0.5)
+    shown = {"cmap": "viridis", "vmin": 0, "vmax": 1, "alpha": 0.6, "interpolation": "bilinear"}
+    right.imshow(grad_cam / (grad_cam.max() or 1.0), extent=whole, **shown)
+    return figure
+
+
 def learning_rates(rates: Array1, losses: Array1, smoothed: Array1, suggested: float) -> Figure:
     """Draws the loss against a rising learning rate, and marks the suggested rate."""
     figure = _figure(3.4)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from cnn_jax import augment, kernels
+from cnn_jax import augment, kernels, trees
 from cnn_jax.config import DataConfig
 from cnn_jax.errors import UserError
 from cnn_jax.models import inspection
@@ -72,6 +72,37 @@ def grad_cam(
             data=predictor.config.data,
         )
     return np.asarray(maps)
+
+
+def last_maps(predictor: Predictor) -> str:
+    """Returns the module whose feature maps Grad-CAM weighs: the last ones of a network.
+
+    It is the largest module around the last convolution that returns maps of the same size. In a
+    residual network that is a stage, whose output includes the shortcuts.
+
+    Raises:
+        UserError: the network has no convolution.
+    """
+    params = trees.named_leaves(predictor.variables["params"])
+    rows = inspection.summarize(predictor.model, predictor.seen_shape)
+    kernels = {row.name: params.get(f"{row.name}/kernel") for row in rows}
+    convs = [name for name, kernel in kernels.items() if kernel is not None and kernel.ndim == 4]
+    if not convs:
+        raise UserError("the network has no convolution, which Grad-CAM needs")
+    conv = convs[-1]
+    around = [conv.rsplit("/", depth)[0] for depth in range(conv.count("/") + 1)]
+    maps = predictor.activations(np.zeros((1, *predictor.image_shape), np.uint8), around)
+    size = maps[conv].shape[1:3]
+    return [name for name in around if maps[name].ndim == 4 and maps[name].shape[1:3] == size][-1]
+
+
+def seen_part(
+    predictor: Predictor, image: UInt8[np.ndarray, "stored_height stored_width 3"]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns the centre of a stored image, which is what the network sees of it."""
+    height, width, _ = predictor.config.data.seen(image.shape)
+    top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
+    return image[top : top + height, left : left + width]
 
 
 @partial(jax.jit, static_argnames=("model", "layer", "data"))

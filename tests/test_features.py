@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from helpers.cli import SMALL, finish, refuse
 from helpers.predictors import random_predictor
+from PIL import Image
+from sklearn.datasets import load_digits
 
-from cnn_jax import augment, trees
+from cnn_jax import augment, classifiers, metrics, trees
 from cnn_jax.config import Config, ModelConfig
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
@@ -145,6 +147,113 @@ def test_settings_are_chosen_by_cross_validation():
     assert result["folds"] == 5
 
 
+@pytest.mark.parametrize("name", classifiers.LINEAR)
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_a_linear_classifier_is_a_dense_layer(name: str, n_classes: int):
+    """On features of different means and scales, of which one is constant."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60, dtype=np.int32) % n_classes
+    x = np.eye(n_classes)[y] @ rng.normal(size=(n_classes, 5)) + rng.normal(size=(60, 5))
+    x = np.float32(x * [1, 10, 100, 0.01, 0] + [0, 5, -70, 1, 3])
+    fitted = classifiers.fit(name, x, y, seed=0)
+    kernel, bias = classifiers.linear_head(fitted.estimator)
+    logits = x @ kernel + bias
+    np.testing.assert_array_equal(fitted(x), logits)
+    decided = fitted.estimator.decision_function(x)
+    shown = logits if n_classes > 2 else logits[:, 1] - logits[:, 0]
+    np.testing.assert_allclose(shown, decided, rtol=1e-3, atol=1e-4)
+    if name == "logistic":
+        probabilities = fitted.estimator.predict_proba(x)
+        np.testing.assert_allclose(metrics.softmax(logits), probabilities, atol=1e-4)
+    # What was said of each example without it, so that it tells how sure one may be.
+    assert np.mean(fitted.outputs.argmax(axis=1) == y) == pytest.approx(fitted.accuracy)
+    assert np.all(np.any(fitted.outputs != logits, axis=1))
+
+
+class Given:
+    """A classifier whose accuracy is that of its settings."""
+
+    def __init__(self, settings: dict) -> None:
+        self.accuracy = settings["C"]
+
+    def fit(self, x: np.ndarray, y: np.ndarray) -> "Given":
+        return self
+
+    def __getitem__(self, index: int) -> None: ...
+
+    def predict_proba(self, x: np.ndarray) -> np.ndarray:
+        wrong = np.arange(len(x)) >= self.accuracy * len(x)
+        return np.eye(2)[wrong.astype(int)]
+
+
+@pytest.mark.parametrize("name", ["svm", "knn"])
+def test_strengths_are_tried_until_two_are_worse(name: str, monkeypatch: pytest.MonkeyPatch):
+    grid = [{"C": c} for c in (0.5, 0.8, 0.7, 0.8, 0.9, 0.6, 0.8, 1.0)]
+    monkeypatch.setattr(classifiers, "_candidates", lambda *_: (Given, grid))
+    said: list[str] = []
+    y = np.repeat([0, 1], [50, 10]).astype(np.int32)
+    monkeypatch.setattr(Given, "predict_proba", lambda self, x: given(self.accuracy, x))
+
+    def given(accuracy: float, x: np.ndarray) -> np.ndarray:
+        right = np.arange(len(x)) < accuracy * len(x)
+        return np.eye(2)[np.where(right, x[:, 0], 1 - x[:, 0]).astype(int)]
+
+    fitted = classifiers.fit(name, np.float32(y)[:, None], y, 0, said.append)
+    assert fitted.settings == {"C": 0.9 if name == "svm" else 1.0}
+    assert len(said) == (7 if name == "svm" else 8)
+    assert said[0].startswith(f"{name}, C=0.5: cross-validation 50.00% (")
+
+
+@pytest.fixture(scope="module")
+def photographed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run on digits, and the scan of a zero."""
+    folder = tmp_path_factory.mktemp("photographed")
+    finish(*SMALL, "--workdir=run", cwd=folder)
+    scan = np.uint8(load_digits().images[0] * (255 / 16))
+    Image.fromarray(scan).resize((40, 40)).save(folder / "0.png")
+    return folder
+
+
+def test_a_linear_classifier_is_saved_as_a_run(photographed: Path):
+    arguments = ("--mode=features", "--classifier=logistic", "--workdir=run")
+    printed = finish(*arguments, cwd=photographed).stdout
+    saved = "--workdir=run/features/fc1-logistic"
+    assert f"--mode=predict {saved} PHOTO..." in printed
+    folder = photographed / "run/features/fc1-logistic"
+    found, summary = (
+        json.loads((folder / name).read_text()) for name in ("classifier.json", "summary.json")
+    )
+    assert summary["test_accuracy"] == found["test_accuracy"]
+    assert summary["temperature"] != 1.0
+    evaluated = finish("--mode=evaluate", saved, cwd=photographed).stdout
+    assert f"step 0: test accuracy {found['test_accuracy']:.2%}" in evaluated
+    assert f"temperature {summary['temperature']:.2f}" in evaluated
+    finish("--mode=predict", saved, "0.png", cwd=photographed)
+    assert (folder / "report.html").exists()
+    assert "is finished" in finish(saved, f"--config={folder}/config.json", cwd=photographed).stdout
+    assert "--mode=features" in refuse("--mode=verify", saved, cwd=photographed)
+    finish(*arguments, cwd=photographed)  # A second time.
+
+
+def test_other_classifiers_serve_predict_alone(photographed: Path):
+    """And so does a linear one of a layer that the head does not read."""
+    for name, layer in (("knn", "fc1"), ("logistic", "block1")):
+        flags = (f"--classifier={name}", f"--layer={layer}", "--workdir=run")
+        printed = finish("--mode=features", *flags, cwd=photographed).stdout
+        assert f"only --mode=predict can use {name} on {layer}" in printed
+        saved = f"--workdir=run/features/{layer}-{name}"
+        predicted = finish("--mode=predict", saved, "0.png", cwd=photographed).stdout
+        assert predicted.startswith("0.png: 0 (")
+        for mode in ("evaluate", "export"):
+            line = refuse(f"--mode={mode}", saved, cwd=photographed)
+            assert line.endswith(
+                "classifier (classifier.joblib), which only --mode=predict can use"
+            )
+    (photographed / "run/features/fc1-knn/classifier.joblib").write_bytes(b"damaged")
+    line = refuse("--mode=predict", "--workdir=run/features/fc1-knn", "0.png", cwd=photographed)
+    assert line.startswith("the classifier in run/features/fc1-knn can't be read: ")
+
+
 def test_one_image_of_a_class_is_too_few():
     few = separable(0)
     y = few.labels["train"]
@@ -160,7 +269,7 @@ def test_a_classifier_is_compared_with_the_network(tmp_path: Path):
     arguments = ("--mode=features", "--classifier=logistic")
     printed = finish(*arguments, "--workdir=run", cwd=tmp_path).stdout
     assert f"the network itself: {summary['test_accuracy']:.2%}" in printed
-    found = json.loads((tmp_path / "run/features/fc1-logistic.json").read_text())
+    found = json.loads((tmp_path / "run/features/fc1-logistic/classifier.json").read_text())
     assert f"test accuracy {found['test_accuracy']:.2%}" in printed
     assert found["network_test_accuracy"] == summary["test_accuracy"]
     assert found["params_sha256"] == summary["params_sha256"]

@@ -8,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers.cli import SMALL, command, refuse
-from PIL import Image
 
 from cnn_jax.tools import MODES
 
@@ -128,30 +126,6 @@ def test_evaluate_repeats_the_reported_accuracy(trained: Path):
     assert result.returncode == 0, result.stderr
     accuracy = json.loads((trained / "run/summary.json").read_text())["test_accuracy"]
     assert f"test accuracy {accuracy:.2%}" in result.stdout
-
-
-def test_predict_prints_class_and_probability(trained: Path):
-    photos = trained / "photos"
-    photos.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(photos / "a.png")
-    Image.fromarray(pixels).convert("L").save(photos / "b.jpg")
-    (photos / "broken.jpg").write_bytes(b"no image")
-    arguments = ("--mode=predict", "--workdir=run")
-    plain = command(*arguments, "photos", cwd=trained)
-    assert plain.returncode == 0, plain.stderr
-    assert re.fullmatch(
-        r"photos/a.png: \d \(\d+\.\d%\)\nphotos/b.jpg: \d \(\d+\.\d%\)\n", plain.stdout
-    )
-    assert "broken.jpg" in plain.stderr
-    as_json = command(*arguments, "--json", "photos/a.png", cwd=trained)
-    (prediction,) = json.loads(as_json.stdout)
-    assert prediction["file"] == "photos/a.png"
-    assert prediction["class"] in "0123456789"
-    assert 0.1 <= prediction["probability"] <= 1
-    assert "broken.jpg" in refuse(*arguments, "photos/broken.jpg", cwd=trained)
-    assert "gone.png" in refuse(*arguments, "photos/gone.png", cwd=trained)
-    assert "needs image files" in refuse(*arguments, cwd=trained)
 
 
 def test_the_default_workdir_is_named_by_what_was_changed(tmp_path: Path):

@@ -299,7 +299,7 @@ def test_grad_cam_uses_the_last_maps_of_the_last_convolutions_size(
     """A pool would make them coarser; in a residual network they include the shortcut."""
     run = finished(replace(tiny, model=model), dataset, logits)
     assert list(report.conv_kernels(run.predictor))[-1] == conv
-    assert figures.cam_layer(run, conv) == layer
+    assert saliency.last_maps(run.predictor) == layer
 
 
 def test_feature_maps_are_what_layers_return(

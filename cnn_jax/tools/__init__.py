@@ -60,6 +60,10 @@ class Request:
     paths: tuple[str, ...] = ()
     """The arguments that follow the flags."""
     json: bool = False
+    top_k: int = 1
+    min_probability: float = 0.0
+    output: str = ""
+    explain: str = ""
     layer: str = ""
     classifier: str = ""
     hooks: tuple[str, ...] = ()

@@ -76,7 +76,7 @@ def _pictures(run: FinishedRun) -> Iterator[tuple[str, "Figure"]]:
     if maps := feature_maps(run, image):
         yield "feature_maps", drawing.feature_maps(image, maps)
     if kernels:
-        yield "heat_maps", heat_maps(run, cam_layer(run, list(kernels)[-1]))
+        yield "heat_maps", heat_maps(run, saliency.last_maps(run.predictor))
     worked = drawing.CHAPTER_IMAGE, drawing.CHAPTER_KERNEL
     yield "convolution", drawing.worked_convolution(*worked)
     yield "activation_functions", drawing.activation_functions()
@@ -101,17 +101,6 @@ def feature_maps(run: FinishedRun, image: np.ndarray) -> dict[str, np.ndarray]:
     chosen = np.linspace(0, len(names) - 1, min(_LAYERS, len(names))).round().astype(int)
     maps = run.predictor.activations(image[None], [names[i] for i in chosen])
     return {name: np.asarray(values[0], np.float32) for name, values in maps.items()}
-
-
-def cam_layer(run: FinishedRun, conv: str) -> str:
-    """Returns the largest module around a convolution that returns maps of the same size.
-
-    In a residual network that is a stage, whose output includes the shortcuts.
-    """
-    around = [conv.rsplit("/", depth)[0] for depth in range(conv.count("/") + 1)]
-    maps = run.predictor.activations(run.dataset.test.images[:1], around)
-    size = maps[conv].shape[1:3]
-    return [name for name in around if maps[name].ndim == 4 and maps[name].shape[1:3] == size][-1]
 
 
 def heat_maps(run: FinishedRun, layer: str) -> "Figure":

@@ -29,6 +29,8 @@ def run(request: Request) -> None:
     finished = outcome.read(workdir)
     if finished is None:
         raise UserError(f"{workdir} is not finished, so there is nothing to compare with")
+    if (workdir / "classifier.json").exists():
+        raise UserError(f"{workdir} was not trained by --mode=train, but by --mode=features")
     if changes := fields.differences(fields.from_dict(finished["config"]), config):
         raise UserError(f"{workdir} reports on another config ({'; '.join(changes)})")
     console = Console(highlight=False, markup=False, soft_wrap=True)
