@@ -69,6 +69,12 @@ _FLAGS = (
         "With --mode=features: what to train on them.",
     ),
     Field(
+        "format",
+        Literal["jax", "onnx"],
+        "jax",
+        "With --mode=export: what other programs read; `onnx` needs onnx and onnxruntime.",
+    ),
+    Field(
         "hooks",
         tuple[str, ...],
         (),

@@ -66,6 +66,7 @@ class Request:
     explain: str = ""
     layer: str = ""
     classifier: str = ""
+    format: str = "jax"
     hooks: tuple[str, ...] = ()
     """Functions in the user's own files, as "my_file.py:name"."""
     distributed: bool = False
