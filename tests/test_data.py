@@ -170,6 +170,10 @@ def test_digits_keep_their_bits(load: Load) -> None:
     assert load().sha256 == expected
 
 
+def test_digits_are_stored_larger_than_the_network_sees_them(load: Load) -> None:
+    assert load(image_size=14, crop=0.875).image_shape == (16, 16, 3)
+
+
 def test_second_load_reads_the_cache(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load()
     monkeypatch.setattr(data.digits, "_decode", lambda size: pytest.fail("decoded again"))
@@ -398,12 +402,6 @@ def test_tfds_refusals(refusal: Refusal, tmp_path: Path) -> None:
     assert message("key", {"train": good}, label_key="score") == (
         "FOLDER is not a set of images with one label each"
     )
-    assert message("format", {"train": good}, file_format="tfrecord") == (
-        "FOLDER was not prepared as array_record, the only format that is read without "
-        "TensorFlow. To prepare it as array_record beside, run: python -c 'from cnn_jax.data "
-        'import tfds; tfds.prepare("mnist", "TMP/format/array_record")\'; then set '
-        "--data.dir=TMP/format/array_record"
-    )
     assert message("test", {"test": good}) == "FOLDER has no train split"
     assert not (tmp_path / "cache").exists()
     assert message("absent", {"train": [e for e in good if e[1] != 1], "test": good}) == (
@@ -509,22 +507,42 @@ def test_prepares_on_first_use(
     )
 
 
-def test_the_command_for_another_format_prepares_beside(
+def test_a_set_in_another_format_is_prepared_beside(
     load: Load, refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     splits = {"train": examples(6, 8, 8, 3), "test": examples(3, 8, 8, 3)}
     root = tmp_path / "it's here"
-    write_tfds(root, "mnist", splits, file_format="tfrecord")
+    folder = write_tfds(root, "mnist", splits, file_format="tfrecord")
+    asked: list[tuple[str, str]] = []
+
+    def prepare(name: str, data_dir: Path | str) -> Path:
+        asked.append((name, str(data_dir)))
+        if len(asked) == 1:
+            raise data.tfds._not_prepared(name, data_dir, "there is no network")
+        return write_tfds(Path(data_dir), name, splits)
+
+    monkeypatch.setattr(data.tfds, "prepare", prepare)
     message = refusal(name="mnist", dir=str(root))
-    command = shlex.split(message.partition("run: ")[2].partition("; then set ")[0])
+    assert message.startswith(
+        f"{folder} was not prepared as array_record, the only format that is read without "
+        "TensorFlow, and preparing it beside failed: mnist is not in "
+        f"{root}/array_record, and there is no network. With a network, run: python -c "
+    )
+    # The command that the user can copy.
+    command = shlex.split(message.partition("run: ")[2])
     assert command[:2] == ["python", "-c"]
-    prepared = []
-    monkeypatch.setattr(data.tfds, "prepare", lambda *args: prepared.append(args))
     exec(command[2], {})
-    assert prepared == [("mnist", f"{root}/array_record")]
-    assert message.endswith(f"; then set --data.dir={root}/array_record")
-    write_tfds(root / "array_record", "mnist", splits)
-    assert len(load(name="mnist", dir=f"{root}/array_record").train) == 6
+    assert asked == [("mnist", f"{root}/array_record")] * 2
+    for _ in range(2):  # What was prepared beside is found.
+        assert len(load(name="mnist", dir=str(root)).train) == 6
+    assert len(asked) == 2
+
+
+def test_a_set_in_another_format_does_not_hide_an_older_one(load: Load, tmp_path: Path) -> None:
+    splits = {"train": examples(6, 8, 8, 3), "test": examples(3, 8, 8, 3)}
+    write_tfds(tmp_path, "mnist", splits, version="3.0.1")
+    write_tfds(tmp_path, "mnist", splits, version="3.0.2", file_format="tfrecord")
+    assert load(name="mnist", dir=str(tmp_path)).source.startswith("tfds mnist 3.0.1 ")
 
 
 def test_reachable() -> None:

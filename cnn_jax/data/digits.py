@@ -7,11 +7,12 @@ from PIL import Image
 
 from cnn_jax.config import DataConfig
 from cnn_jax.data.dataset import Decoded, Source, Split
+from cnn_jax.data.photos import Layout
 
 
 def source(config: DataConfig) -> Source:
-    """Returns scikit-learn's 1,797 scans of 8x8 pixels, scaled to squares of `image_size`."""
-    size = config.image_size
+    """Returns scikit-learn's 1,797 scans of 8x8 pixels, scaled to the squares of a `Layout`."""
+    size = Layout.of(config).side
     return Source(
         name="digits",
         identity=f"digits {size}",

@@ -87,7 +87,9 @@ def near_copies(thumbnails: np.ndarray) -> np.ndarray:
     from scipy.ndimage import uniform_filter  # Takes half a second to import.
     from scipy.spatial import KDTree
 
-    colours = _unit(thumbnails.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4)))
+    blocks = np.array_split(thumbnails, len(thumbnails) // 1000 + 1)
+    means = [b.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4), dtype=np.float32) for b in blocks]
+    colours = _unit(np.concatenate(means))
     # Projections never lie farther apart than the vectors themselves, so those of near copies lie
     # in this radius of each other; along the axes in which photos differ most, few others do.
     axes = np.linalg.eigh(np.cov(colours.T))[1][:, -_AXES:]
@@ -107,13 +109,13 @@ def near_copies(thumbnails: np.ndarray) -> np.ndarray:
 
 def _examine(root: Path, files: Sequence[str]) -> Examination:
     """Reads the photos; those that are one file under several names, hard links, once."""
-    paths = [root / file for file in files]
+    paths = [os.path.join(root, file) for file in files]
     first: dict[tuple[int, int], int] = {}
     stats = (os.stat(path) for path in paths)
     same = np.array([first.setdefault((s.st_dev, s.st_ino), i) for i, s in enumerate(stats)], int)
     unique = np.unique(same)
     with progress.bar("examining photos", len(unique)) as done:
-        thumbnails, reasons = photos.read_images([paths[i] for i in unique], _THUMBNAIL, done)
+        thumbnails, reasons = photos.read_images([Path(paths[i]) for i in unique], _THUMBNAIL, done)
     why = dict(zip(unique.tolist(), reasons, strict=True))
     unreadable = {file: why[i] for file, i in zip(files, same.tolist(), strict=True) if why[i]}
     readable = np.array([not reason for reason in reasons], bool)
@@ -131,10 +133,10 @@ def _examine(root: Path, files: Sequence[str]) -> Examination:
     return Examination(unreadable, tuple(sorted(map(tuple, names))))
 
 
-def _equal_files(paths: Sequence[Path], numbers: np.ndarray) -> np.ndarray:
+def _equal_files(paths: Sequence[str], numbers: np.ndarray) -> np.ndarray:
     """Returns pairs [n, 2] of those of the files that have the same content, the first one each."""
     first: dict[bytes, int] = {}
-    pairs = [(first.setdefault(file_digest(paths[i]), i), i) for i in numbers.tolist()]
+    pairs = [(first.setdefault(file_digest(paths[int(i)]), int(i)), int(i)) for i in numbers]
     return np.array(pairs, int).reshape(-1, 2)
 
 

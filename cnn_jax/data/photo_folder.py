@@ -3,7 +3,7 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,7 +213,7 @@ def _class_files(
                 continue
             files, unread = photos.image_files(path, root)
             # Two folders whose names differ only in their Unicode form are one class.
-            classes.setdefault(name, []).extend(_relative(files, root))
+            classes.setdefault(name, []).extend(files)
             skipped += unread
     skipped += _loose(folder, root)
     return classes
@@ -227,11 +227,6 @@ def _loose(folder: Path, root: Path) -> list[str]:
             for entry in entries
             if not photos.is_hidden(entry.name) and not entry.is_dir()
         ]
-
-
-def _relative(files: Iterable[Path], root: Path) -> list[str]:
-    start = len(str(root).rstrip("/")) + 1  # Path.relative_to takes seconds for 100,000 files.
-    return [str(path)[start:] for path in files]
 
 
 def _pass_over_empty(

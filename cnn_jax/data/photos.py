@@ -160,10 +160,10 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
         raise UserError(f"{path} holds no image files such as .jpg or .png{first}")
     if skipped:
         logging.warning("%s: %s", path, skipped_line(skipped))
-    return files
+    return [path / file for file in files]
 
 
-def image_files(folder: Path, root: Path) -> tuple[list[Path], list[str]]:
+def image_files(folder: Path, root: Path) -> tuple[list[str], list[str]]:
     """Returns the image files below `folder`, sorted, and "path: reason" for what it skips.
 
     A file with the suffix of an image is one, and so is a file whose first bytes are those of an
@@ -171,15 +171,16 @@ def image_files(folder: Path, root: Path) -> tuple[list[Path], list[str]]:
 
     Args:
         folder: the folder to search, with its subfolders.
-        root: `folder` or one of its parents. The paths in the reasons are relative to it, and
-            links that leave it are skipped.
+        root: `folder` or one of its parents. All paths are relative to it, and links that leave it
+            are skipped.
     """
-    files: list[Path] = []
+    files: list[str] = []
     skipped: list[str] = []
     inside = root.resolve()
+    start = len(os.path.join(root, ""))  # Path.relative_to takes seconds for 100,000 files.
 
     def skip(path: str, reason: str) -> None:
-        skipped.append(f"{os.path.relpath(path, root)}: {reason}")
+        skipped.append(f"{path[start:]}: {reason}")
 
     folders = [str(folder)]
     while folders:
@@ -197,7 +198,7 @@ def image_files(folder: Path, root: Path) -> tuple[list[Path], list[str]]:
             elif reason := _why_not_read(entry, inside):
                 skip(entry.path, reason)
             else:
-                files.append(Path(entry.path))
+                files.append(entry.path[start:])
     return sorted(files), sorted(skipped)
 
 

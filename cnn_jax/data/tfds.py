@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from cnn_jax.config import DataConfig
@@ -47,13 +48,17 @@ def source(config: DataConfig) -> Source:
     """
     data_dir = config.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = Path(data_dir).expanduser()
-    folder = _prepared(config.name, root) or prepare(config.name, root)
+    folder = _prepared(config.name, root)
+    if folder is None:
+        folder = prepare(config.name, root)
+    elif not _is_readable(folder):
+        folder = _beside(folder, config.name, root)
     return Source(
         name=config.name,
         identity=str(folder.resolve()),
         fingerprint=digest(file_states(sorted(folder.iterdir()), folder)),
         description=f"tfds {config.name} {folder.name} in {root}",
-        decode=lambda: _decode(folder, config.name, root),
+        decode=lambda: _decode(folder),
     )
 
 
@@ -105,13 +110,49 @@ def _not_prepared(name: str, root: Path | str, reason: str) -> UserError:
 
 
 def _prepared(name: str, root: Path) -> Path | None:
-    """Returns the folder of the latest version of a set that tfds has prepared, if any."""
+    """Returns the folder of a set that tfds has prepared, if any.
+
+    It is that of the latest version that can be read, or of the latest one if none can be.
+    """
     versions = {
         tuple(int(number) for number in info.parent.name.split(".")): info.parent
         for info in (root / name).glob("*/dataset_info.json")
         if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name)
     }
-    return versions[max(versions)] if versions else None
+    latest = [versions[number] for number in sorted(versions, reverse=True)]
+    return next((folder for folder in latest if _is_readable(folder)), next(iter(latest), None))
+
+
+def _is_readable(folder: Path) -> bool:
+    """Returns whether a set was prepared as array_record; tfrecord is what tfds writes itself."""
+    try:
+        info = json.loads((folder / "dataset_info.json").read_text())
+        return info.get("fileFormat") == "array_record"
+    except (OSError, ValueError, AttributeError):
+        return True  # Damaged. `_decode` says so.
+
+
+def _beside(folder: Path, name: str, root: Path) -> Path:
+    """Returns a set that is prepared as array_record beside one that can't be read.
+
+    Raises:
+        UserError: it is not there, and can't be prepared; the message says how to.
+    """
+    beside = root / "array_record"
+    if found := _prepared(name, beside):
+        return found
+    logging.warning("%s was not prepared as array_record; preparing it in %s", folder, beside)
+    try:
+        return prepare(name, beside)
+    except UserError as error:
+        reason = str(error).partition(". Point TFDS_DATA_DIR")[0]
+        arguments = f"{json.dumps(name)}, {json.dumps(str(beside))}"
+        code = f"from cnn_jax.data import tfds; tfds.prepare({arguments})"
+        raise UserError(
+            f"{folder} was not prepared as array_record, the only format that is read without "
+            f"TensorFlow, and preparing it beside failed: {reason}. With a network, run: "
+            f"python -c {shlex.quote(code)}"
+        ) from None
 
 
 def _installed(module: str) -> bool:
@@ -139,7 +180,7 @@ def _reachable(url: str | None, seconds: float = 5.0) -> bool:
     return bool(answers)
 
 
-def _decode(folder: Path, name: str, root: Path) -> Decoded:
+def _decode(folder: Path) -> Decoded:
     import tensorflow_datasets
 
     try:
@@ -157,8 +198,6 @@ def _decode(folder: Path, name: str, root: Path) -> Decoded:
         }
     except UserError:
         raise
-    except NotImplementedError:
-        raise UserError(_other_format(folder, name, root)) from None
     except Exception as error:  # array_record, protobuf and Pillow raise many kinds of errors.
         raise UserError(
             f"{folder} can't be read: {one_line(error)}; delete it and prepare it again"
@@ -166,17 +205,6 @@ def _decode(folder: Path, name: str, root: Path) -> Decoded:
     if "train" not in parts:
         raise UserError(f"{folder} has no train split")
     return Decoded(tuple(features["label"].names), parts)
-
-
-def _other_format(folder: Path, name: str, root: Path) -> str:
-    beside = str(root / "array_record")
-    arguments = f"{json.dumps(name)}, {json.dumps(beside)}"
-    code = f"from cnn_jax.data import tfds; tfds.prepare({arguments})"
-    return (
-        f"{folder} was not prepared as array_record, the only format that is read without "
-        f"TensorFlow. To prepare it as array_record beside, run: python -c {shlex.quote(code)}; "
-        f"then set --data.dir={beside}"
-    )
 
 
 def _decode_records(records: Any, folder: Path) -> Split:
