@@ -79,6 +79,14 @@ def _standardize(
     return (scaled - jnp.reshape(jnp.array(mean), shape)) / jnp.reshape(jnp.array(std), shape)
 
 
+def denormalize(
+    images: Float[Array, "batch height width channels"], normalization: Normalization
+) -> UInt8[Array, "batch height width channels"]:
+    """Returns the pixels that `normalize` takes to these values, cut to [0, 255]."""
+    mean, std = (jnp.reshape(jnp.array(x), (1, 1, 1, len(x))) for x in normalization)
+    return jnp.clip(jnp.round((images * std + mean) * 255), 0, 255).astype(jnp.uint8)
+
+
 def centre_crop(
     images: Real[Array, "batch height width channels"], side: int
 ) -> Real[Array, "batch side side channels"]:

@@ -208,6 +208,25 @@ def samples(
     return figure
 
 
+def training_views(
+    stored: UInt8[np.ndarray, "n stored_height stored_width 3"],
+    views: UInt8[np.ndarray, "n views height width 3"],
+) -> Figure:
+    """Draws a row for each image: as it is stored, and what the network is trained on of it."""
+    n_rows, n_columns = len(views), 1 + views.shape[1]
+    figure = _figure(0.3 + _WIDTH * n_rows / n_columns)
+    ax = figure.subplots()  # One for all images, since drawing many axes is slow.
+    for row, (image, seen) in enumerate(zip(stored, views, strict=True)):
+        for column, shown in enumerate([image, *seen]):
+            x = column + (0.1 if column else 0)  # A gap after the first.
+            ax.imshow(shown, extent=(x + 0.02, x + 0.98, row + 0.98, row + 0.02))
+    for x, text in ((0.5, "as stored"), (0.1 + (n_columns + 1) / 2, "as trained on")):
+        ax.text(x, -0.04, text, ha="center", va="bottom", fontsize=9)
+    ax.set(xlim=(0, n_columns + 0.1), ylim=(n_rows, -0.2))
+    ax.set_axis_off()
+    return figure
+
+
 @dataclass(frozen=True)
 class Series:
     """Loss and accuracy on one part of the data, such as train, by epoch."""
@@ -347,16 +366,20 @@ def heat_maps(
     occlusion: Float[np.ndarray, "n rows columns"],
     square: tuple[int, int],
     grad_cam: Float[np.ndarray, "n map_height map_width"],
+    seen: tuple[int, int],
 ) -> Figure:
     """Draws each image, labelled with its name, beside its two maps from `saliency`.
 
-    `square` is the side and the step, in pixels, of the square that occlusion hides.
+    `square` is the side and the step, in pixels, of the square that occlusion hides. `seen` is the
+    height and width of the centre of each image, over which Grad-CAM lies.
     """
     figure = _figure(0.7 + 1.75 * len(images))
     axes = figure.subplots(len(images), 3, squeeze=False)
     limit = float(np.abs(occlusion).max()) or 1.0
     height, width = images.shape[1:3]
     whole = (-0.5, width - 0.5, height - 0.5, -0.5)
+    top, left = round((height - seen[0]) / 2) - 0.5, round((width - seen[1]) / 2) - 0.5
+    centre = (left, left + seen[1], top + seen[0], top)
     overlays: list[Any] = []
     for row, image, name, drops, cam in zip(axes, images, names, occlusion, grad_cam, strict=True):
         for ax in row:
@@ -368,8 +391,9 @@ def heat_maps(
         hidden = row[1].imshow(drops, extent=_extent(drops, *square), **shown)
         row[1].set(xlim=whole[:2], ylim=whole[2:])
         shown = {"cmap": "viridis", "vmin": 0, "vmax": 1, "alpha": 0.6, "interpolation": "bilinear"}
-        seen = row[2].imshow(cam / (cam.max() or 1.0), extent=whole, **shown)
-        overlays = [hidden, seen]
+        weighed = row[2].imshow(cam / (cam.max() or 1.0), extent=centre, **shown)
+        row[2].set(xlim=whole[:2], ylim=whole[2:])
+        overlays = [hidden, weighed]
     labels = (
         "drop in the logit when\nthis square is hidden",
         "Grad-CAM\n(relative to its maximum)",

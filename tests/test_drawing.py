@@ -223,7 +223,7 @@ def test_feature_maps_show_the_most_active_of_each_layer():
 def test_heat_maps_are_beside_their_images():
     drops, cam = np.zeros((2, 3, 3)), np.zeros((2, 4, 4))
     drops[0, 1, 1], cam[1, 2, 2] = -3, 5
-    figure = drawing.heat_maps(IMAGES[:2], ["cat, 90%", "dog, 80%"], drops, (4, 2), cam)
+    figure = drawing.heat_maps(IMAGES[:2], ["cat, 90%", "dog, 80%"], drops, (4, 2), cam, (8, 8))
     left, middle, right = figure.axes[3:6]
     assert left.get_ylabel() == "dog, 80%"
     np.testing.assert_array_equal(pixels(left), IMAGES[1])
@@ -234,7 +234,7 @@ def test_heat_maps_are_beside_their_images():
         "drop in the logit when\nthis square is hidden",
         "Grad-CAM\n(relative to its maximum)",
     ]
-    single = drawing.heat_maps(IMAGES[:1], ["a"], drops[1:], (4, 2), cam[:1])
+    single = drawing.heat_maps(IMAGES[:1], ["a"], drops[1:], (4, 2), cam[:1], (8, 8))
     assert width(drawing.png(single)) == 960
 
 
@@ -242,15 +242,33 @@ def test_cells_are_centred_on_the_squares_that_were_hidden():
     """Squares of 4 pixels, every 2, the first centred at 1.5; column 18 was never hidden."""
     image, drops, cam = np.zeros((16, 19, 3), np.uint8), np.zeros((7, 8)), np.zeros((4, 4))
     assert saliency.square(16, 19) == (4, 2)
-    figure = drawing.heat_maps(image[None], ["a"], drops[None], (4, 2), cam[None])
+    seen = (12, 13)
+    figure = drawing.heat_maps(image[None], ["a"], drops[None], (4, 2), cam[None], seen)
     _, middle, right, *_ = figure.axes
     left, after, bottom, top = middle.images[1].get_extent()
     columns, rows = np.linspace(left, after, 17)[1::2], np.linspace(top, bottom, 15)[1::2]
     np.testing.assert_allclose(columns, [1.5, 3.5, 5.5, 7.5, 9.5, 11.5, 13.5, 15.5])
     np.testing.assert_allclose(rows, [1.5, 3.5, 5.5, 7.5, 9.5, 11.5, 13.5])
-    np.testing.assert_array_equal(right.images[1].get_extent(), (-0.5, 18.5, 15.5, -0.5))
+    np.testing.assert_array_equal(right.images[1].get_extent(), (2.5, 15.5, 13.5, 1.5))
     for ax in (middle, right):
         assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, 18.5), (15.5, -0.5))
+
+
+def test_training_views_stand_beside_their_image_in_rows():
+    views = np.random.default_rng(1).integers(0, 256, (3, 4, 6, 6, 3)).astype(np.uint8)
+    figure = drawing.training_views(IMAGES[:3], views)
+    (ax,) = figure.axes
+    assert texts(ax) == ["as stored", "as trained on"]
+    shown = {tuple(image.get_extent()): pixels(ax, i) for i, image in enumerate(ax.images)}
+    rows = sorted({(top, bottom) for _, _, bottom, top in shown})
+    columns = sorted({(left, right) for left, right, _, _ in shown})
+    assert (len(rows), len(columns), len(shown)) == (3, 5, 15)
+    for (left, right, bottom, top), image in shown.items():
+        row, column = rows.index((top, bottom)), columns.index((left, right))
+        expected = views[row, column - 1] if column else IMAGES[row]
+        np.testing.assert_array_equal(image, expected)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # from top to bottom
+    assert width(drawing.png(figure)) == 960
 
 
 def test_the_curve_of_learning_rates_marks_the_suggested_one():

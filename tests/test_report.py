@@ -23,7 +23,7 @@ from helpers.predictors import random_predictor
 from helpers.training import edit, quiet, train_run
 
 from cnn_jax import command, configs, fields, losses, metrics, saliency
-from cnn_jax.config import Config, ModelConfig
+from cnn_jax.config import AugmentConfig, Config, ModelConfig
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
 from cnn_jax.predictor import Predictor
@@ -302,6 +302,40 @@ def test_grad_cam_uses_the_last_maps_of_the_last_convolutions_size(
     assert saliency.last_maps(run.predictor) == layer
 
 
+def test_training_views_are_what_the_network_was_trained_on(
+    tiny: Config, dataset: ImageDataset, logits: np.ndarray
+):
+    """Of stored squares of 8 pixels the network sees 6."""
+    normalize = ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    data = replace(tiny.data, crop=0.75, normalize=normalize)
+
+    def views(**changes: Any) -> tuple[np.ndarray, np.ndarray]:
+        config = replace(tiny, data=data, augment=AugmentConfig(**changes))
+        return figures.training_views(finished(config, dataset, logits))
+
+    stored, flipped = views(flip="random")
+    np.testing.assert_array_equal(stored[[0, 3]], dataset.train.images[[0, 3]])
+    assert flipped.shape == (6, 6, 6, 6, 3)
+    centre = stored[:, None, 1:7, 1:7]
+    same, mirrored = flipped == centre, flipped == centre[:, :, :, ::-1]
+    either = same.all(axis=(2, 3, 4)) ^ mirrored.all(axis=(2, 3, 4))
+    assert either.all()
+    assert 8 < same.all(axis=(2, 3, 4)).sum() < 28
+    _, alternated = views(flip="alternate")
+    np.testing.assert_array_equal(alternated[:, 0], alternated[:, 2])
+    np.testing.assert_array_equal(alternated[:, 0], alternated[:, 1, :, ::-1])
+    _, mixed = views(mixup=1.0)
+    low = np.minimum(centre, np.roll(centre, 1, axis=0)).astype(int)
+    high = np.maximum(centre, np.roll(centre, 1, axis=0)).astype(int)
+    assert np.all((mixed >= low - 1) & (mixed <= high + 1))
+    assert np.abs(mixed.astype(int) - centre).max() > 20
+
+
+def test_training_images_are_drawn_class_by_class():
+    labels = np.array([2, 2, 0, 2, 1, 0, 2])
+    np.testing.assert_array_equal(figures._of_each_class(labels, 2), [2, 4, 0, 5, 1])
+
+
 def test_feature_maps_are_what_layers_return(
     tiny: Config, dataset: ImageDataset, logits: np.ndarray, tmp_path: Path
 ):
@@ -471,14 +505,14 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_what_was_there(
 
 
 def test_figures_are_drawn_for_a_finished_run(tmp_path: Path):
-    finish(*SMALL, "--workdir=run", cwd=tmp_path)
+    finish(*SMALL, "--augment.translate=1", "--workdir=run", cwd=tmp_path)
     before = (tmp_path / "run/report.html").read_text()
     (tmp_path / "run/report.html").unlink()
     printed = finish("--mode=figures", "--workdir=run", cwd=tmp_path).stdout
     names = {path.stem for path in (tmp_path / "run/figures").iterdir()}
     expected = {"activation_functions", "architecture", "confusion_matrix", "convolution"}
     expected |= {"feature_maps", "filters_first", "heat_maps", "learning_curves"}
-    assert expected | {"samples"} <= names
+    assert expected | {"samples", "training_views"} <= names
     assert set(re.findall(r"figures/(\w+).png", printed)) == names
     assert (tmp_path / "run/report.html").read_text() == before
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from cnn_jax import saliency
+from cnn_jax import augment, saliency
 from cnn_jax.errors import printable
 from cnn_jax.models import inspection
 from cnn_jax.runs.folder import RunFolder, check_config
@@ -22,6 +24,10 @@ _EXPLAINED = 3
 """Images for which heat maps are drawn."""
 _LAYERS = 8
 """Layers of which feature maps are drawn."""
+_SAMPLES = 10
+"""Training images of each class that are drawn."""
+_TRAINED_ON, _VIEWS = 6, 6
+"""Training images, and views of each, that show augmentation."""
 
 
 def run(request: Request) -> None:
@@ -63,7 +69,7 @@ def _pictures(run: FinishedRun) -> Iterator[tuple[str, "Figure"]]:
     from cnn_jax import drawing
 
     yield from report.pictures(run)
-    names, shape = run.dataset.class_names, run.dataset.image_shape
+    names, shape = run.dataset.class_names, run.predictor.seen_shape
     kernels = report.conv_kernels(run.predictor)
     if len(kernels) > 1:
         last = next(reversed(kernels))
@@ -71,7 +77,10 @@ def _pictures(run: FinishedRun) -> Iterator[tuple[str, "Figure"]]:
     rows = inspection.summarize(run.predictor.model, shape)
     yield "architecture", drawing.architecture(rows, shape, run.predictor.config.name)
     train, test = run.dataset.train, run.dataset.test
-    yield "samples", drawing.samples(train.images, train.labels, names)
+    first = _of_each_class(train.labels, _SAMPLES)
+    yield "samples", drawing.samples(train.images[first], train.labels[first], names, _SAMPLES)
+    if run.predictor.config.augment.changes_training:
+        yield "training_views", drawing.training_views(*training_views(run))
     image = test.images[explained_images(run)[0]]
     if maps := feature_maps(run, image):
         yield "feature_maps", drawing.feature_maps(image, maps)
@@ -91,12 +100,49 @@ def explained_images(run: FinishedRun) -> np.ndarray:
     return chosen if len(chosen) else np.arange(min(_EXPLAINED, len(labels)))
 
 
+def training_views(run: FinishedRun) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a few training images of different classes, and what the network was shown of them.
+
+    Each column of views is what the images would be as one batch, mixed with each other if batches
+    are. Erased and hidden parts have the pixels that stand for their values.
+
+    Returns:
+        Pixels, uint8: of the images [n, stored_height, stored_width, 3], and of the views
+        [n, views, height, width, 3].
+    """
+    config, train = run.predictor.config, run.dataset.train
+    chosen = _of_each_class(train.labels, _TRAINED_ON)[:_TRAINED_ON]
+    stored, labels = train.images[chosen], train.labels[chosen]
+    n_classes = len(run.dataset.class_names)
+
+    @jax.jit
+    def view(images: jax.Array, number: jax.Array) -> jax.Array:
+        key = jax.random.key(config.seed)
+        if config.augment.flip == "alternate":
+            images = augment.alternate_flip(images, key, jnp.asarray(chosen), number)
+        key = jax.random.fold_in(key, number)
+        seen = augment.training_view(images, key, config.data, config.augment)
+        mixup, cutmix = config.augment.mixup, config.augment.cutmix
+        if mixup or cutmix:
+            seen, _ = augment.mix(seen, jnp.asarray(labels), key, n_classes, mixup, cutmix)
+        return augment.denormalize(seen, config.data.normalize)
+
+    return stored, np.stack([view(stored, jnp.int32(i)) for i in range(_VIEWS)], axis=1)
+
+
+def _of_each_class(labels: np.ndarray, n: int) -> np.ndarray:
+    """Returns the indices of the first label of each class, then of the second, up to the n-th."""
+    places = [np.flatnonzero(labels == label)[:n] for label in np.unique(labels)]
+    number = np.concatenate([np.arange(len(of_class)) for of_class in places])
+    return np.concatenate(places)[np.argsort(number, kind="stable")]
+
+
 def feature_maps(run: FinishedRun, image: np.ndarray) -> dict[str, np.ndarray]:
     """Returns what layers return for an image, [height, width, channels] by name.
 
     Of a deep network a few layers are chosen at equal distances.
     """
-    rows = inspection.summarize(run.predictor.model, run.dataset.image_shape)
+    rows = inspection.summarize(run.predictor.model, run.predictor.seen_shape)
     names = [row.name for row in rows if len(row.output_shape) == 3 and row.kind != "Dropout"]
     chosen = np.linspace(0, len(names) - 1, min(_LAYERS, len(names))).round().astype(int)
     maps = run.predictor.activations(image[None], [names[i] for i in chosen])
@@ -121,4 +167,5 @@ def heat_maps(run: FinishedRun, layer: str) -> "Figure":
     shares = zip(targets.tolist(), probabilities.max(axis=1), strict=True)
     names = [f"{run.dataset.class_names[target]}, {share:.1%}" for target, share in shares]
     square = saliency.square(*images.shape[1:3])
-    return drawing.heat_maps(images, names, np.stack(occluded), square, cam)
+    seen = run.predictor.seen_shape[:2]
+    return drawing.heat_maps(images, names, np.stack(occluded), square, cam, seen)
