@@ -12,13 +12,14 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$root/.venv
 
+# Drivers from 580 on run CUDA 13, which older ones can't.
+driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
 extras=()
-if [[ ${1:-} == --cuda ]]; then
-    extras+=(cuda)
-    shift
-elif nvidia-smi -L >/dev/null 2>&1; then
-    extras+=(cuda)
+if [[ ${1:-} == --cuda || -n $driver ]]; then
+    major=${driver%%.*}
+    [[ ${major:-580} -ge 580 ]] && extras+=(cuda13) || extras+=(cuda12)
 fi
+[[ ${1:-} != --cuda ]] || shift
 [[ ${1:-} != test ]] || extras+=(dev)
 
 # Installs the package with an extra ("" for none) unless it is there for these requirements.
@@ -34,7 +35,9 @@ install() {
         }
         "${PYTHON:-python3}" -m venv --clear "$venv"
     fi
-    echo "installing cnn_jax${1:+[$1]} into $venv (once) ..." >&2
+    local why=
+    [[ ${1:-} != cuda* ]] || why=", for the NVIDIA driver ${driver:-that this machine lacks so far}"
+    echo "installing cnn_jax${1:+[$1]} into $venv (once$why) ..." >&2
     # Without --no-compile pip compiles all of SciPy and others, most of which is never imported.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
         --editable "$root${1:+[$1]}" || {
@@ -58,4 +61,5 @@ if [[ $# -gt 0 && $1 != -* ]]; then
     shift
     set -- "--config=$config" "$@"
 fi
-exec "$venv/bin/python" -m cnn_jax.main "$@"
+# -P: a random.py in the current folder must not stand in for Python's own.
+exec "$venv/bin/python" -P -m cnn_jax.main "$@"

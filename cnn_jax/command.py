@@ -17,7 +17,7 @@ from cnn_jax import configs, fields, values
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError, did_you_mean, nearest, one_line, printable
 from cnn_jax.fields import Field
-from cnn_jax.runs.stop import Stopped
+from cnn_jax.runs.stop import Stopped, ended_by_interrupt
 from cnn_jax.tools import CLASSIFIERS, MODES, Request
 
 _USAGE = """\
@@ -112,7 +112,8 @@ def run(main: Callable[[list[str]], None]) -> None:
 def guarded(main: Callable[..., None], *args: Any) -> None:
     """Calls `main(*args)`, and ends the process with the exit codes that `run` lists."""
     try:
-        main(*args)
+        with ended_by_interrupt():
+            main(*args)
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:  # The reader of a pipe, such as `head`, has ended.
@@ -120,9 +121,6 @@ def guarded(main: Callable[..., None], *args: Any) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # A disk that is full or gone, if no message is more specific.
         _fail(one_line(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except Stopped as stopped:
         print(f"{stopped}; the same command resumes", file=sys.stderr)
         sys.exit(stopped.exit_code)
@@ -223,10 +221,11 @@ def _answer_help(arguments: list[str]) -> None:
         if name in ("--help", "-help", "-h"):
             print(help_text(topic))
             sys.exit(0)
-        if i == 0 and word in ("help", "--config=help"):
-            print(help_text(*arguments[1:2]))
+        first = word.removeprefix("--config=") if i == 0 else ""  # as launch.sh writes it
+        if first == "help":
+            print(help_text(*(t for t in arguments[1:2] if not t.startswith("-"))))
             sys.exit(0)
-        if word in ("--version", "-version"):
+        if word in ("--version", "-version") or first == "version":
             print(f"cnn_jax {cnn_jax.__version__}")
             sys.exit(0)
         if word == "--":

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cnn_jax import cgroups
+
 # Of cgroup v1 and v2: limit, use, and the line of memory.stat with what the kernel can take back.
 _FILES = {
     "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -48,34 +50,17 @@ def format_bytes(n: float) -> str:
 
 
 def _available(root: Path) -> Iterator[int]:
-    for line in _lines(root / "proc/meminfo"):
+    for line in cgroups.lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
             yield int(line.split()[1]) * 1024
 
 
 def _left_by_limits(root: Path) -> Iterator[int]:
     """Yields what each cgroup that the process is in leaves; those without a limit leave a lot."""
-    for line in _lines(root / "proc/self/cgroup"):
-        number, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            version, mount = "v1", root / "sys/fs/cgroup/memory"
-        elif number == "0" and not controllers:
-            version, mount = "v2", root / "sys/fs/cgroup"
-        else:
-            continue
+    for version, folder in cgroups.folders("memory", root):
         limit_file, usage_file, reclaimable = _FILES[version]
-        # In a container the path may be that of the host, and only the mount itself be there.
-        group = Path(path.strip("/"))
-        for folder in (mount / group, *(mount / parent for parent in group.parents)):
-            limit = "".join(_lines(folder / limit_file))
-            if limit.isdigit():
-                used = int("".join(_lines(folder / usage_file)) or 0)
-                stat = dict(line.split() for line in _lines(folder / "memory.stat"))
-                yield int(limit) - used + int(stat.get(reclaimable, 0))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
+        limit = "".join(cgroups.lines(folder / limit_file))
+        if limit.isdigit():
+            used = int("".join(cgroups.lines(folder / usage_file)) or 0)
+            stat = dict(line.split() for line in cgroups.lines(folder / "memory.stat"))
+            yield int(limit) - used + int(stat.get(reclaimable, 0))

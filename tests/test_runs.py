@@ -1,5 +1,7 @@
 """A run's folder: locked by one process, owned by one config, summarised, and read back."""
 
+import errno
+import fcntl
 import json
 import os
 from dataclasses import replace
@@ -14,6 +16,7 @@ from cnn_jax import fit as fitting
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
+from cnn_jax.kernels import cores
 from cnn_jax.runs import outcome
 from cnn_jax.runs.folder import RunFolder, check_config
 from cnn_jax.tools.report import load_finished
@@ -35,11 +38,49 @@ def test_a_workdir_is_claimed_by_one_process_at_a_time(tiny: Config, tmp_path: P
         assert fields.load(tmp_path / "new/run/config.json") == tiny
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(
+    code: int, tiny: Config, workdir: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]
+):
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with claim(workdir, tiny):
+        assert (workdir / "config.json").exists()
+    (line,) = warned
+    assert line.startswith(f"{workdir}/.lock can't be locked ([Errno {code}]")
+
+
+def test_a_start_that_fails_claims_nothing(tiny: Config, workdir: Path):
+    with pytest.raises(UserError, match="no such photos"), claim(workdir, tiny):
+        (workdir / "checkpoints" / "latest").mkdir(parents=True)
+        raise UserError("no such photos")
+    assert not (workdir / "config.json").exists()
+    fields.save(tiny, workdir / "config.json")  # as a start that was killed leaves it
+    other = replace(tiny, seed=3)
+    with claim(workdir, other):
+        assert fields.load(workdir / "config.json") == other
+        (workdir / "metrics.jsonl").touch()
+    assert fields.load(workdir / "config.json") == other
+
+
+def test_a_workdir_among_the_photos_is_refused(tiny: Config, tmp_path: Path):
+    config = edit(tiny, data={"name": "folder", "dir": str(tmp_path / "photos")})
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    for place in ("photos", "photos/run", "photos/cats/../run"):
+        with pytest.raises(UserError, match="lies in the folder of photos"):
+            claim(tmp_path / place, config).__enter__()
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cats"]
+    with claim(tmp_path / "photos-run", config):
+        pass
+
+
 def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(
     tiny: Config, workdir: Path
 ):
     with claim(workdir, tiny):
-        pass
+        (workdir / "metrics.jsonl").touch()
     other = replace(edit(tiny, train={"epochs": 5}), seed=3)
     with pytest.raises(UserError, match=r"seed: 0 -> 3; train.epochs: 2 -> 5"):
         check_config(workdir, other)
@@ -49,7 +90,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(
 
 def test_only_the_claim_of_a_run_may_raise_the_epochs(tiny: Config, workdir: Path):
     with claim(workdir, tiny):
-        pass
+        (workdir / "metrics.jsonl").touch()
     longer = edit(tiny, train={"epochs": 5})
     with pytest.raises(UserError, match=r"train.epochs: 2 -> 5"):
         check_config(workdir, longer)
@@ -192,3 +233,26 @@ def test_the_cores_of_a_run_are_those_it_may_use():
     finally:
         os.sched_setaffinity(0, allowed)
     assert outcome.device()["cpu_count"] == len(allowed)
+
+
+@pytest.mark.parametrize(
+    ("line", "file", "text", "expected"),
+    [
+        ("0::/job/step", "cpu.max", "150000 100000", 2),
+        ("0::/job/step", "job/cpu.max", "100000 100000", 1),
+        ("0::/job/step", "job/step/cpu.max", "max 100000", 64),
+        ("3:cpu,cpuacct:/job", "cpu/job/cpu.cfs_quota_us", "20000", 1),
+        ("3:cpu,cpuacct:/job", "cpu/job/cpu.cfs_quota_us", "-1", 64),
+    ],
+)
+def test_a_container_s_share_of_time_counts_as_cores(
+    line: str, file: str, text: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    limit = tmp_path / "sys/fs/cgroup" / file
+    for path, content in ((tmp_path / "proc/self/cgroup", line), (limit, text)):
+        path.parent.mkdir(parents=True)
+        path.write_text(content + "\n")
+    if "cfs" in file:
+        limit.with_name("cpu.cfs_period_us").write_text("100000\n")
+    assert cores.usable_cpus(tmp_path) == expected

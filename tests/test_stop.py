@@ -12,7 +12,16 @@ import pytest
 from cnn_jax.runs.stop import Stopped, on_signals
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        (signal.SIGUSR1, 138),
+        (signal.SIGUSR2, 140),
+        (signal.SIGHUP, 129),
+    ],
+)
 def test_a_signal_is_noted(signum: int, code: int):
     with on_signals() as stop:
         assert not stop.requested
@@ -48,7 +57,10 @@ try:
     with on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)  # as a wrapper script repeats it
+        time.sleep(0.1)
         print("one", flush=True)
+        time.sleep(2)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(20)
 finally:
@@ -56,7 +68,7 @@ finally:
 """
 
 
-def test_a_second_signal_leaves_at_once():
+def test_a_repeat_is_one_request_and_a_later_signal_leaves_at_once():
     start = time.monotonic()
     left = subprocess.run([sys.executable, "-c", TWO_SIGNALS], capture_output=True, text=True)
     assert left.returncode == 130
@@ -88,3 +100,49 @@ def test_outside_the_main_thread_nothing_is_caught():
     thread.start()
     thread.join()
     assert found == [(0, True)]
+
+
+def test_a_closed_terminal_is_ignored_under_nohup():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+COMPILING = """
+import sys
+import jax, jax.numpy as jnp
+from cnn_jax import command
+
+def main():
+    @jax.jit
+    def slow(x):  # takes about half a minute to compile
+        for i in range(3000):
+            x = jnp.sin(x + i) @ x
+        return x
+    lowered = slow.lower(jnp.ones((3, 3)))
+    print("compiling", flush=True)
+    lowered.compile()
+    print("compiled", flush=True)
+
+command.guarded(main)
+"""
+
+
+def test_ctrl_c_while_xla_compiles_ends_at_once_and_in_order():
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPILING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "compiling\n"
+    time.sleep(0.3)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate()
+    assert (process.returncode, rest, errors) == (130, "", "interrupted\n")
+    assert time.monotonic() - start < 3

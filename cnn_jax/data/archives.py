@@ -4,7 +4,6 @@ The result is what tfds itself would write, with the examples in the same order,
 not needed. Addresses, sizes and checksums of the archives are those that tfds records.
 """
 
-import fcntl
 import gzip
 import hashlib
 import io
@@ -22,6 +21,7 @@ from PIL import Image
 from rich import progress
 from rich.console import Console
 
+from cnn_jax import files
 from cnn_jax.data.download import Archive, download
 
 
@@ -75,8 +75,8 @@ def prepare(builder: Any, archives: Sequence[Archive] = (), pause: float = 1.0) 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Lets one process at a time into the block; removes the lock file after a success."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with path.open("w") as file:
+        files.lock(file, wait=True)
         yield
         path.unlink(missing_ok=True)
 

@@ -3,8 +3,11 @@
 import contextlib
 import ctypes
 import os
+from pathlib import Path
 
 import jax
+
+from cnn_jax import cgroups
 
 # The largest number of cores that has been measured.
 _MAX_CORES = 8
@@ -27,11 +30,24 @@ def use_cores(batch_size: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
-def usable_cpus() -> int:
-    """Returns the number of cores this process may run on, which taskset or a job can restrict."""
+def usable_cpus(root: Path = Path("/")) -> int:
+    """Returns the number of cores this process may use at a time.
+
+    taskset or a job can restrict the cores, and a container the time on them: 1.5 cores count as 2.
+    `root` is the folder in which /proc and /sys are looked up.
+    """
+    counts = [os.cpu_count() or 1]
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        counts = [len(os.sched_getaffinity(0))]
+    for version, folder in cgroups.folders("cpu", root):
+        if version == "v2":
+            words = " ".join(cgroups.lines(folder / "cpu.max")).split()
+        else:
+            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            words = [word for name in files for word in cgroups.lines(folder / name)]
+        if len(words) == 2 and words[0].isdigit():  # Without a limit it is "max", or -1 in v1.
+            counts.append(max(-(-int(words[0]) // int(words[1])), 1))
+    return min(counts)
 
 
 def trim_heap() -> None:

@@ -1,12 +1,11 @@
 """A run's folder: who may write to it, what it belongs to, and its checkpoints."""
 
 import contextlib
-import fcntl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import fields
+from cnn_jax import fields, files
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError, one_line
 from cnn_jax.runs import outcome
@@ -14,8 +13,8 @@ from cnn_jax.runs.checkpoint import Checkpoints
 from cnn_jax.runs.log import RunLog, read_metrics
 from cnn_jax.runs.stop import StopRequest, on_signals
 
-# What a start that was killed at once may leave behind.
-_TRACES = (".lock", "config.tmp")
+# What a start that failed or was killed at once may leave behind.
+_TRACES = (".lock", "config.tmp", "config.json")
 
 
 class RunFolder:
@@ -35,13 +34,15 @@ class RunFolder:
         """Locks the folder while the block runs, and stores `wanted` as its config.
 
         A config that trains the folder's run for more epochs is accepted where the first epochs
-        do not depend on their number.
+        do not depend on their number. If the block leaves nothing else there, such as after a
+        mistake that it finds, the folder belongs to no config again.
 
         Raises:
-            UserError: another process holds it, it belongs to another config, or it can't be
-                written.
+            UserError: another process holds it, it belongs to another config, it lies among the
+                images that are learned, or it can't be written.
         """
         path = self.path
+        _check_place(path, wanted)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("w")
@@ -49,8 +50,8 @@ class RunFolder:
             raise UserError(f"workdir {path} can't be written: {error.strerror}") from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                files.lock(lock)
+            except BlockingIOError:
                 raise UserError(f"workdir {path} is in use by another process") from None
             check_config(path, wanted, may_extend=True)
             try:
@@ -58,6 +59,9 @@ class RunFolder:
                 yield
             except OSError as error:  # of the run's own files; data errors are UserErrors already
                 raise UserError(f"{path} can't be written: {one_line(error)}") from None
+            finally:
+                if _is_unused(path):
+                    (path / "config.json").unlink(missing_ok=True)
 
     def finished(self, wanted: Config) -> dict[str, Any] | None:
         """Returns the summary of the folder's run if it has trained for all epochs, or None.
@@ -123,10 +127,10 @@ def check_config(workdir: Path, wanted: Config, may_extend: bool = False) -> Non
     Raises:
         UserError: names the fields that differ, or says why more epochs are not possible.
     """
-    if not (workdir / "config.json").exists():
+    if not (workdir / "config.json").exists() or _is_unused(workdir):
         if not workdir.is_dir():
             raise UserError(f"{workdir} does not exist; --workdir names a run's folder")
-        if any(entry.name not in _TRACES for entry in workdir.iterdir()):
+        if not _is_unused(workdir):
             raise UserError(f"{workdir} holds other files and no config.json; choose a --workdir")
         return
     old = fields.load(workdir / "config.json")
@@ -143,6 +147,21 @@ def check_config(workdir: Path, wanted: Config, may_extend: bool = False) -> Non
             f"{workdir} was trained for {old.train.epochs} epochs and can't be continued to "
             f"{wanted.train.epochs}: {reason}; choose another --workdir"
         )
+
+
+def _is_unused(path: Path) -> bool:
+    """Returns whether nothing was written into a folder since it was claimed."""
+    return all(file.name in _TRACES for file in path.rglob("*") if not file.is_dir())
+
+
+def _check_place(path: Path, config: Config) -> None:
+    """Refuses a folder of results among the photos, which the next run would take for a class."""
+    if config.data.name == "folder" and config.data.dir:
+        photos = Path(config.data.dir).expanduser().resolve()
+        if photos.is_dir() and path.resolve().is_relative_to(photos):
+            raise UserError(
+                f"--workdir={path} lies in the folder of photos, {config.data.dir}; choose another"
+            )
 
 
 def _why_epochs_matter(config: Config) -> str:
