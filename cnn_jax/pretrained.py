@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import data, fields, trees
+from cnn_jax import configs, data, fields, trees
 from cnn_jax.config import Config, InitConfig
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, did_you_mean
 from cnn_jax.models import weights
 from cnn_jax.runs import checkpoint
+
+_ACCEPTED = "it takes a run's folder, a .safetensors file of weights, or hf:REPO"
+_PYTORCH = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def adopt(config: Config, given: frozenset[str] = frozenset()) -> Config:
@@ -22,10 +25,11 @@ def adopt(config: Config, given: frozenset[str] = frozenset()) -> Config:
     Raises:
         UserError: there is no such workdir or file.
     """
-    if file := _weights_file(config.init.checkpoint):
-        model, found = weights.describe(file), weights.preprocessing(file)
+    path = _locate(config.init.checkpoint)
+    if path.is_file():
+        model, found = weights.describe(path), weights.preprocessing(path)
     else:
-        source = fields.load(Path(config.init.checkpoint) / "config.json")
+        source = fields.load(path / "config.json")
         names = ("crop", "interpolation", "fit", "normalize")
         model, found = source.model, {name: getattr(source.data, name) for name in names}
         found["image_size"] = data.image_side(source.data)
@@ -81,14 +85,44 @@ def load_into(
 
 def _load(init: InitConfig) -> dict[str, Any]:
     """Returns the variables that `init.checkpoint` holds; of a run, those that it evaluated."""
-    if file := _weights_file(init.checkpoint):
-        return weights.read(file)
-    workdir = Path(init.checkpoint)
-    kind = fields.load(workdir / "config.json").train.reported_kind
-    return checkpoint.load_variables(workdir, kind)[0]
+    path = _locate(init.checkpoint)
+    if path.is_file():
+        return weights.read(path)
+    kind = fields.load(path / "config.json").train.reported_kind
+    return checkpoint.load_variables(path, kind)[0]
 
 
-def _weights_file(name: str) -> Path | None:
+def _locate(name: str) -> Path:
+    """Returns the file of weights or the run's folder that `init.checkpoint` names.
+
+    Raises:
+        UserError: there is no such file or folder, or it is of another kind.
+    """
     if name.startswith("hf:"):
         return weights.download(name.removeprefix("hf:"))
-    return Path(name) if name.endswith(".safetensors") else None
+    path = Path(name).expanduser()
+    is_run = path.is_dir() and (path / "config.json").exists()
+    if is_run or (path.is_file() and path.suffix == ".safetensors"):
+        return path
+    raise UserError(f"init.checkpoint={name} {_why_not(path)}; {_ACCEPTED}")
+
+
+def _why_not(path: Path) -> str:
+    """Returns what is wrong with a path, and the cure if one can be told."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        hint = did_you_mean(str(files[0]) if files else "")
+        return f"is a folder without config.json, so it is not a run's{hint}"
+    if not path.exists():
+        name = path.name
+        trained = f"; `./launch.sh {name}` trains it" if name in configs.CONFIGS else ""
+        return f"does not exist{trained}"
+    if path.suffix in _PYTORCH:
+        return (
+            'is a file of PyTorch; convert it, with PyTorch installed: python -c "import torch; '
+            "from safetensors.torch import save_file; save_file(torch.load("
+            f"'{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\""
+        )
+    if path.name == "config.json":
+        return f"is a file of a run; name its folder, {path.parent}"
+    return f"is a {path.suffix or 'file of unknown kind'}, which can't be read here"

@@ -3,6 +3,7 @@
 Needs the standard library only.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,7 +12,7 @@ import types
 import typing
 from typing import Any, ClassVar, Literal
 
-from cnn_jax.errors import UserError, nearest
+from cnn_jax.errors import UserError, did_you_mean, nearest
 
 
 class Choices:
@@ -41,6 +42,10 @@ class Section:
 
     def check(self) -> None:
         """Refuses values that are out of range or do not fit together."""
+
+
+class WrongForm(UserError):
+    """A value that is a list where none is expected, none where one is, or of another length."""
 
 
 def is_user_code(value: str) -> bool:
@@ -108,7 +113,8 @@ def convert(value: Any, kind: Any, path: str) -> Any:
         if not math.isfinite(value):
             raise UserError(f"{path}={value}: expected a finite number")
     if type(value) is not kind:
-        raise UserError(f"{path}={_shown(value)}: expected {describe(kind)}")
+        wrong = WrongForm if isinstance(value, list | tuple) else UserError
+        raise wrong(f"{path}={_shown(value)}: expected {describe(kind)}")
     return value
 
 
@@ -129,16 +135,22 @@ def _convert_union(value: Any, kinds: tuple[Any, ...], path: str) -> Any:
             fits = is_list == isinstance(value, list | tuple)
         if fits:
             return None if value is None else convert(value, kind, path)
-    raise UserError(f"{path}={_shown(value)}: expected {' or '.join(map(describe, kinds))}")
+    raise WrongForm(f"{path}={_shown(value)}: expected {' or '.join(map(describe, kinds))}")
 
 
 def _convert_tuple(value: Any, args: tuple[Any, ...], path: str) -> tuple[Any, ...]:
+    """Converts each item; if one has the wrong form, the message shows that of the whole list."""
     repeated = args[-1] is Ellipsis
     fits = isinstance(value, list | tuple) and (repeated or len(value) == len(args))
-    if not fits:
-        raise UserError(f"{path}={_shown(value)}: expected {describe(tuple[args])}")
-    kinds = [args[0]] * len(value) if repeated else args
-    return tuple(convert(v, k, path) for v, k in zip(value, kinds, strict=True))
+    if fits:
+        kinds = [args[0]] * len(value) if repeated else args
+        with contextlib.suppress(WrongForm):
+            return tuple(convert(v, k, path) for v, k in zip(value, kinds, strict=True))
+    guess = ""
+    if repeated and isinstance(value, list | tuple):
+        with contextlib.suppress(UserError):  # Is only a pair of brackets missing?
+            guess = did_you_mean(to_text([convert(value, args[0], path)]))
+    raise WrongForm(f"{path}={_shown(value)}: expected {describe(tuple[args])}{guess}")
 
 
 def _shown(value: Any) -> str:

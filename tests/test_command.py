@@ -242,8 +242,21 @@ def test_help_fits_the_terminal(
     assert max(map(len, text.splitlines())) <= max(60, min(int(columns), 120))
 
 
-def test_version(capsys: pytest.CaptureFixture[str]):
-    assert printed(capsys, "--version") == f"cnn_jax {cnn_jax.__version__}\n"
+@pytest.mark.parametrize("words", [["--version"], ["version"], ["--config=version"]])
+def test_version(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert printed(capsys, *words) == f"cnn_jax {cnn_jax.__version__}\n"
+
+
+def test_every_way_to_ask_for_help(capsys: pytest.CaptureFixture[str]):
+    """launch.sh makes --config=help of the word help."""
+    text = printed(capsys, "--help")
+    for words in (["-h"], ["help"], ["--config=help"], ["--config=vgg3", "-h"], ["help", "--json"]):
+        assert printed(capsys, *words) == text
+
+
+def test_the_initials_of_a_field_are_understood():
+    with pytest.raises(UserError, match=r"--optim.lr \(did you mean --optim.learning_rate\?\)"):
+        command.parse(["--optim.lr=1"])
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

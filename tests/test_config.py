@@ -58,7 +58,7 @@ def test_values_from_python_take_the_fields_types() -> None:
         (
             DataConfig,
             {"normalize": ((0, 0), (1, 1))},
-            "data.normalize=[0,0]: expected a list such as [0.5,0.5,0.5]",
+            "data.normalize=[[0,0],[1,1]]: expected a list such as [[0.5,0.5,0.5],[0.5,0.5,0.5]]",
         ),
         (AugmentConfig, {"flip": True}, "augment.flip=true: expected none|random|alternate"),
         (

@@ -115,8 +115,19 @@ def test_fields_are_checked_together() -> None:
         (f"optim.ends=[1{400 * '0'},0]", "optim.ends=inf: expected a finite number"),
         ("optim.ends=0.1", "optim.ends=[0.1]: expected a list such as [0.5,0.5]"),
         ("data.classes=[1,2]", "data.classes=1: expected text"),
-        ("model.blocks=16", "model.blocks=16: expected a list such as [1,1]"),
-        ("model.blocks=[1,2]", "model.blocks=1: expected a list such as [1,1]"),
+        (
+            "model.blocks=16",
+            "model.blocks=[16]: expected a list such as [[1,1],[1,1]] (did you mean [[16]]?)",
+        ),
+        (
+            "model.blocks=[1,2]",
+            "model.blocks=[1,2]: expected a list such as [[1,1],[1,1]] (did you mean [[1,2]]?)",
+        ),
+        (
+            "model.blocks=50,60",
+            "model.blocks=[50,60]: expected a list such as [[1,1],[1,1]] (did you mean [[50,60]]?)",
+        ),
+        ("model.dense=[[3]]", "model.dense=[[3]]: expected a list such as [1,1]"),
         ('model.blocks=[[1,"x"]]', "model.blocks=x: expected an integer"),
         ("model.blocks=[[1", "model.blocks=[[1: expected a list such as [[1,1],[1,1]]"),
         (
@@ -130,9 +141,19 @@ def test_fields_are_checked_together() -> None:
         ),
         (
             'optim.groups=[["head/.*"]]',
-            'optim.groups=["head/.*"]: expected a list such as ["a",0.5]',
+            'optim.groups=[["head/.*"]]: expected a list such as [["a",0.5],["a",0.5]]',
         ),
-        ("train.loss=hinge", "train.loss=hinge: expected cross_entropy|mse"),
+        (
+            'optim.groups=["head/.*",1]',
+            'optim.groups=["head/.*",1]: expected a list such as [["a",0.5],["a",0.5]] '
+            '(did you mean [["head/.*",1.0]]?)',
+        ),
+        (
+            "optim.schedule=[10,0.1]",
+            "optim.schedule=[10,0.1]: expected a list such as [[0.5,0.5],[0.5,0.5]] "
+            "(did you mean [[10.0,0.1]]?)",
+        ),
+        ("train.loss=hinge", "train.loss=hinge: expected cross_entropy|mse|focal"),
     ],
 )
 def test_mistyped_text_is_refused(text: str, message: str) -> None:
@@ -359,7 +380,7 @@ def test_phases_apply_to_the_parameters_of_each_network(
         ({"init": {"kind": "best"}}, "does not know the fields init.kind of a config"),
         ({"data": {"mean": [1, 2]}}, "data.mean=[1,2]: expected a list such as [0.5,0.5,0.5]"),
         ({"augment": {"alternate_flip": 1}}, "augment.alternate_flip=1: expected true|false"),
-        ({"optim": {"phases": [1]}}, "optim.phases=1: expected a list such as"),
+        ({"optim": {"phases": [1]}}, "optim.phases=[1]: expected a list such as"),
         (
             {"optim": {"phases": [[0, [["(", 1]]], [1, [[".*", 1]]]]}},
             "optim.phases: invalid regular expression: missing )",

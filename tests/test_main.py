@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--mode=compare", "nowhere", "."], "nowhere is not the folder of a run"),
         (["--data.name=cifra10"], "unknown data set cifra10 (did you mean cifar10?)"),
         (["--data.name=folder", "--data.dir=gone"], "gone"),
-        (["--config=finetune_head"], "runs/vgg3/config.json does not exist"),
+        (["--config=finetune_head"], "runs/vgg3 does not exist; `./launch.sh vgg3` trains it; it"),
         (["--hooks=gone.py:log"], "gone.py:log: gone.py does not exist"),
         (["--train.loss=gone.py:focal"], "gone.py:focal: gone.py does not exist"),
         (["--model.name=vgg16"], "model.name=vgg16 has blocks of 2, 2, 3, 3 and 3 convolutions"),

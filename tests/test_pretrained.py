@@ -1,9 +1,13 @@
 """Starting from another network's parameters, and unfreezing by epoch."""
 
 import json
+import re
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -268,3 +272,56 @@ def test_fine_tuning_configs_divide_up_every_network(name: str, network: str):
         optim.check_groups("optim.groups", groups, names)
         assert optim.multiplier(groups, "head/kernel") == 1.0
     assert fields.from_dict(json.loads(json.dumps(fields.to_dict(config)))) == config
+
+
+ACCEPTED = "; it takes a run's folder, a .safetensors file of weights, or hf:REPO"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("net.h5", "is a .h5, which can't be read here"),
+        ("net", "is a file of unknown kind, which can't be read here"),
+        ("run/config.json", "is a file of a run; name its folder, run"),
+        ("runs/vgg3", "does not exist; `./launch.sh vgg3` trains it"),
+        ("gone.safetensors", "does not exist"),
+        ("folder", "is a folder without config.json, so it is not a run's"),
+        (
+            "weights",
+            "is a folder without config.json, so it is not a run's "
+            "(did you mean weights/a.safetensors?)",
+        ),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_with_what_is_one(
+    name: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run", "folder", "weights"):
+        Path(folder).mkdir()
+    for file in ("net.h5", "net", "run/config.json", "weights/a.safetensors", "weights/b.txt"):
+        Path(file).touch()
+    config = Config(init=InitConfig(checkpoint=name))
+    for refused in (lambda: pretrained.adopt(config), lambda: pretrained._load(config.init)):
+        with pytest.raises(UserError) as caught:
+            refused()
+        assert str(caught.value) == f"init.checkpoint={name} {why}{ACCEPTED}"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt"])
+def test_a_file_of_pytorch_comes_with_the_command_that_converts_it(suffix: str, tmp_path: Path):
+    path = tmp_path / f"net{suffix}"
+    path.touch()
+    with pytest.raises(UserError) as caught:
+        pretrained.adopt(Config(init=InitConfig(checkpoint=str(path))))
+    found = re.search(r'python -c "(.*)"; it takes', str(caught.value))
+    assert found
+    code = compile(found[1], "command", "exec")
+    saved, torch = [], SimpleNamespace(load=lambda *_, **__: {"a": 1})
+    modules = {
+        "torch": torch,
+        "safetensors.torch": SimpleNamespace(save_file=lambda *args: saved.append(args)),
+    }
+    with patch.dict(sys.modules, modules):
+        exec(code, {})
+    assert saved == [({"a": 1}, str(path.with_suffix(".safetensors")))]
