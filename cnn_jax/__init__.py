@@ -10,6 +10,7 @@ THE CORE, in reading order. From `main` to the update of the parameters are five
     augment.py      changes made to training images; distort.py: those of colour and shape
     losses.py       the losses
     optim.py        optimizers, schedules, and freezing by pattern
+    order.py        the order of the examples
     step.py         the training state, one update, and the compiled segment of updates
     fit.py          the loop: segments to the end, validation, checkpoints, resuming, hooks
     predictor.py    trained parameters and preprocessing: logits and activations of any images
@@ -20,7 +21,9 @@ Around it:
                     outputs of named modules, summaries, what is frozen
     layers.py       convolution, dense and pooling layers; kernels/ computes them, fast on a CPU
     mesh.py         one mesh of all devices; backend.py: what JAX reads once
-    data/           load() in __init__.py: digits, tfds, photos, official archives; split and cached
+    memory.py       what is free
+    data/           load() in __init__.py: digits, tfds, photos, official archives; split, and held
+                    in memory or streamed
     runs/           a run's folder: lock and config, checkpoints, log, summary, signals;
                     processes.py: runs of several processes
     pretrained.py   networks that start from trained parameters

@@ -1,8 +1,9 @@
 """The training loop: compiled segments to the end, validation, checkpoints, resuming and hooks."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -13,9 +14,12 @@ import numpy as np
 from cnn_jax import kernels, losses, mesh, metrics, optim, pretrained, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset, Split
+from cnn_jax.data.dataset import Images
+from cnn_jax.data.stream import BatchStream
 from cnn_jax.errors import UserError
 from cnn_jax.kernels import cores
 from cnn_jax.models import inspection, whitening
+from cnn_jax.order import StepNumbers
 from cnn_jax.predictor import Predictor
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.stop import Stopped
@@ -47,6 +51,8 @@ class Progress:
     """Spent in training segments, by all processes that have worked on the run."""
     images: int = 0
     """Examples trained on in that time."""
+    waited: float = 0.0
+    """Seconds of that time in which streamed images were not there yet."""
     best: float | None = None
     """Best validation figure so far, by `train.monitor`; None before the first."""
     best_epoch: int = 0
@@ -129,18 +135,26 @@ def fit(
     """
     setup = Setup.of(config, dataset)
     _check(config, dataset, setup)
+    if (batch_size := setup.config.train.batch_size) < config.train.batch_size:
+        run.log.say(
+            f"train.batch_size={config.train.batch_size} is cut to {batch_size}, as there are "
+            f"{len(dataset.train)} training images"
+        )
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     with kernels.use(config.runtime.kernels), run.training():
         state, progress = _resume(config, setup, dataset, run, init_key)
         step = int(state.step)
-        with run.log.running(step, setup.total_steps, setup.steps_per_epoch):
+        with (
+            run.log.running(step, setup.total_steps, setup.steps_per_epoch),
+            open_batches(config, setup, dataset, train_key, step) as batches,
+        ):
             segment, compiled_for, saved_at = None, None, time.monotonic()
             while step < setup.total_steps and not _exhausted(config, progress, step, setup):
                 phase = setup.at(step // setup.steps_per_epoch)
                 if segment is None or phase != compiled_for:
                     if step and phase != setup.at((step - 1) // setup.steps_per_epoch):
                         state = enter_phase(phase, state)
-                    segment = compile_segment(config, phase, dataset, state, train_key)
+                    segment = compile_segment(config, phase, dataset, state, train_key, batches)
                     compiled_for = phase
                 start = time.perf_counter()
                 state, history = segment(state, _segment_length(step, setup, hooks))
@@ -149,6 +163,7 @@ def fit(
                 progress.seconds += seconds
                 progress.images += images
                 lines = _metrics(step, history)
+                lines[-1] |= _wait_share(batches, progress, seconds)
                 step += len(lines)
                 progress.skipped_steps += _mark_skipped(config, lines, state)
                 predictor = partial(_predictor, config, setup, state, dataset)
@@ -183,7 +198,7 @@ def _check(config: Config, dataset: ImageDataset, setup: Setup) -> None:
     if isinstance(config.optim.weight_decay, tuple):
         optim.check_groups("optim.weight_decay", config.optim.weight_decay, names)
     optim.check_groups("optim.groups", setup.groups, names)
-    mesh.check_batch_size(config.train.batch_size)
+    mesh.check_batch_size(setup.config.train.batch_size)
 
 
 def _resume(
@@ -223,39 +238,95 @@ def start(
         found = run.read_once(lambda: pretrained.load_into(fresh, init, run.log.say), fresh)
         params, batch_stats = found["params"], found["batch_stats"]
     if init.whiten:
-        images, normalization = dataset.train.images, config.data.normalize
+        images = dataset.train.images[: whitening.IMAGES]
+        normalization = config.data.normalize
         params = whitening.whiten(setup.model, params, init.whiten, images, normalization)
     # As numpy arrays, since a buffer that is in a state twice could not be donated.
     average = jax.tree.map(np.asarray, start_average(setup, params, batch_stats))
     return replace(state, params=params, batch_stats=batch_stats, average=average)
 
 
+@contextlib.contextmanager
+def open_batches(
+    config: Config, setup: Setup, dataset: ImageDataset, key: jax.Array, step: int
+) -> Iterator[BatchStream | None]:
+    """Reads the batches of streamed images from a step on, while the block runs.
+
+    Gives None if training needs no stream of them.
+    """
+    images = dataset.train.images
+    if isinstance(images, np.ndarray) or config.train.cache_frozen or step >= setup.total_steps:
+        yield None
+        return
+    numbers = step_numbers(setup, len(images), key)
+    most = setup.config.runtime.segment_steps
+    workers = config.runtime.workers
+    batches = BatchStream(images, numbers, step, setup.total_steps, workers=workers, most=most)
+    with contextlib.closing(batches):
+        yield batches
+
+
+def step_numbers(setup: Setup, n: int, key: jax.Array) -> StepNumbers:
+    """Returns the order of `n` training images in which `train_segment` goes through them."""
+    order_key = jax.random.split(key, 3)[0]  # as there
+    batch_size = setup.config.train.batch_size
+    data = tuple(jax.random.key_data(order_key).tolist())
+    return StepNumbers(data, n, batch_size, setup.passes, mesh.own_places(batch_size))
+
+
 def compile_segment(
-    config: Config, setup: Setup, dataset: ImageDataset, state: TrainState, key: jax.Array
+    config: Config,
+    setup: Setup,
+    dataset: ImageDataset,
+    state: TrainState,
+    key: jax.Array,
+    batches: BatchStream | None = None,
 ) -> Segment:
     """Returns the compiled segment, so that compiling is not counted as training time.
 
     The segment takes a state, which it donates, and a number of steps. It returns the new state
-    and the steps' history as numpy arrays [n_steps].
+    and the steps' history as numpy arrays [n_steps]. The images of streamed data are taken from
+    `batches`.
     """
     images, labels = dataset.train.images, dataset.train.labels
     if config.train.cache_frozen:
         trainable = optim.trainable_part(state.params, setup.groups)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         module = inspection.cut_point(setup.model, variables, setup.image_shape, trainable)
-        setup = replace(setup, cached=module)
+        setup = replace(setup, cached=module, streamed=False)
         predictor = _predictor(config, setup, state, dataset)
         images = predictor.activations(images, [module])[module]
-    inputs = *mesh.replicate((images, labels)), mesh.replicate(key)
+    images_of = _images_of_segments(images, batches)
+    inputs = mesh.replicate((labels, key))
     zero = mesh.replicate(np.int32(0))
-    compiled = train_segment.lower(setup, state, *inputs, zero).compile()
+    compiled = train_segment.lower(setup, state, images_of(0), *inputs, zero).compile()
     cores.trim_heap()
 
     def run(state: TrainState, n_steps: int) -> tuple[TrainState, History]:
-        state, history = compiled(state, *inputs, mesh.replicate(np.int32(n_steps)))
+        n = mesh.replicate(np.int32(n_steps))
+        state, history = compiled(state, images_of(n_steps), *inputs, n)
         return state, jax.tree.map(lambda x: np.asarray(x)[:n_steps], history)
 
     return run
+
+
+def _images_of_segments(images: Images, batches: BatchStream | None) -> Callable[[int], jax.Array]:
+    """Returns what gives each segment its images: all there are, or the batches of its steps."""
+    if batches is not None:
+        return lambda n_steps: mesh.divide(batches.take(n_steps), axis=1)
+    assert isinstance(images, np.ndarray)
+    whole = mesh.lend(images)
+    return lambda _: whole
+
+
+def _wait_share(
+    batches: BatchStream | None, progress: Progress, seconds: float
+) -> dict[str, float]:
+    """Counts how long the last segment waited for its images; returns the share of its time."""
+    if batches is None:
+        return {}
+    progress.waited += batches.waited
+    return {"wait_share": round(batches.waited / seconds, 4)}
 
 
 def _segment_length(step: int, setup: Setup, hooks: Sequence[Hook]) -> int:

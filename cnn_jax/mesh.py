@@ -47,6 +47,38 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: _put(leaf, _sharding()), tree)
 
 
+def lend(array: np.ndarray) -> jax.Array:
+    """Returns an array whole on every device, which must not be changed from here on.
+
+    The devices of a CPU all read the caller's memory if it is aligned (see `memory.empty_images`).
+    """
+    shards = [jax.device_put(array, device) for device in jax.local_devices()]
+    if device_count() == 1:
+        return shards[0]
+    return jax.make_array_from_single_device_arrays(array.shape, _sharding(), shards)
+
+
+def own_places(batch_size: int) -> tuple[int, ...]:
+    """Returns the places in a batch, divided among all devices, of those of this process."""
+    if device_count() == 1:
+        return tuple(range(batch_size))
+    places = np.arange(batch_size)
+    parts = _sharding(0).addressable_devices_indices_map((batch_size,)).values()
+    return tuple(np.unique(np.concatenate([places[part] for part in parts])).tolist())
+
+
+def divide(array: np.ndarray, axis: int = 0) -> jax.Array:
+    """Returns an array with one axis divided among all devices.
+
+    Args:
+        array: along that axis, what belongs to the devices of this process (see `own_places`).
+        axis: must be divisible by the number of devices, over all processes.
+    """
+    if device_count() == 1:
+        return jax.device_put(array)
+    return jax.make_array_from_process_local_data(_sharding(axis), array)
+
+
 def place(state: Any) -> Any:
     """Returns a training state, or another tree of arrays, placed where training expects it."""
     return jax.tree.map(lambda leaf: _put(leaf, _state_sharding(leaf.shape)), state)

@@ -13,6 +13,8 @@ from jaxtyping import Float, UInt8
 
 from cnn_jax import augment, kernels, mesh, metrics
 from cnn_jax.config import Config, DataConfig
+from cnn_jax.data import stream
+from cnn_jax.data.dataset import Images
 from cnn_jax.models import inspection
 
 # Images predicted at once, and their pixels: large enough to fill the cores, small enough that
@@ -43,7 +45,7 @@ class Predictor:
         return self.config.data.seen(self.image_shape)
 
     def logits(
-        self, images: UInt8[np.ndarray, "n height width 3"], test_time: str | None = None
+        self, images: Images, test_time: str | None = None
     ) -> Float[np.ndarray, "n classes"]:
         """Returns the logits in float32.
 
@@ -54,14 +56,12 @@ class Predictor:
         return self._in_batches(_logits, images, test_time=test_time)
 
     def probabilities(
-        self, images: UInt8[np.ndarray, "n height width 3"], test_time: str | None = None
+        self, images: Images, test_time: str | None = None
     ) -> Float[np.ndarray, "n classes"]:
         """Returns the softmax of the logits at the network's temperature, in float64."""
         return metrics.softmax(self.logits(images, test_time), self.temperature)
 
-    def activations(
-        self, images: UInt8[np.ndarray, "n height width 3"], names: Sequence[str]
-    ) -> dict[str, np.ndarray]:
+    def activations(self, images: Images, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Returns what the named modules return for the images themselves: arrays [n, ...].
 
         A name is that of a layer, such as "block1/conv1", or of a module that holds layers, such as
@@ -73,22 +73,24 @@ class Predictor:
         arrays = self._in_batches(_activations, images, names=tuple(names))
         return dict(zip(names, arrays, strict=True))
 
-    def _in_batches(self, function: Callable[..., Any], images: np.ndarray, **static: Any) -> Any:
+    def _in_batches(self, function: Callable[..., Any], images: Images, **static: Any) -> Any:
         n = len(images)
         height, width = images.shape[1:3]
         size = min(BATCH_SIZE, max(_BATCH_PIXELS // (height * width), 1), n)
         size += -size % mesh.device_count()
-        n_batches = -(-n // size)
-        padded = np.zeros((n_batches * size, *images.shape[1:]), np.uint8)
-        padded[:n] = images
-        batches = mesh.replicate(padded.reshape(n_batches, size, *images.shape[1:]))
+        own = np.array(mesh.own_places(size))
+        numbers = [start + own[start + own < n] for start in range(0, n, size)]
         data = self.config.data
         static["data"] = DataConfig(crop=data.crop, normalize=data.normalize)
+        results: list[Any] = []
         with kernels.use(self.config.runtime.kernels):
-            results = function(self.model, self.variables, batches, **static)
-        return jax.tree.map(
-            lambda x: np.asarray(x).reshape(n_batches * size, *x.shape[2:])[:n], results
-        )
+            for block in stream.read_ahead(images, numbers):
+                padded = np.zeros((len(own), *images.shape[1:]), np.uint8)
+                padded[: len(block)] = block
+                results.append(function(self.model, self.variables, mesh.divide(padded), **static))
+                # Two batches are on their way; what came before them is taken off the device.
+                results[-2:-1] = jax.tree.map(np.asarray, results[-2:-1])
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)
 
 
 def forward(
@@ -112,31 +114,23 @@ def forward(
 def _logits(
     model: nn.Module,
     variables: Any,
-    batches: jax.Array,
+    images: jax.Array,
     *,
     data: DataConfig,
     test_time: str,
 ) -> jax.Array:
-    def of_batch(images: jax.Array) -> jax.Array:
-        images = mesh.shard(images)
-        return forward(model, variables, images, data=data, test_time=test_time)
-
-    return mesh.gather(jax.lax.map(of_batch, batches))
+    return mesh.gather(forward(model, variables, images, data=data, test_time=test_time))
 
 
 @partial(jax.jit, static_argnames=("model", "data", "names"))
 def _activations(
     model: nn.Module,
     variables: Any,
-    batches: jax.Array,
+    images: jax.Array,
     *,
     data: DataConfig,
     names: tuple[str, ...],
 ) -> list[jax.Array]:
-    def of_batch(images: jax.Array) -> list[jax.Array]:
-        images = mesh.shard(images)
-        normal = augment.evaluation_view(images, data)
-        found = inspection.outputs(model, variables, normal, names)
-        return [found[name] for name in names]
-
-    return jax.tree.map(mesh.gather, jax.lax.map(of_batch, batches))
+    normal = augment.evaluation_view(images, data)
+    found = inspection.outputs(model, variables, normal, names)
+    return [mesh.gather(found[name]) for name in names]

@@ -1,5 +1,6 @@
 """Training as pure functions: the state, one step, and the compiled segment of steps."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,9 +15,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from cnn_jax import augment, kernels, losses, mesh, models, optim, trees
-from cnn_jax.config import Config, InitConfig, RuntimeConfig
-from cnn_jax.data import ImageDataset
+from cnn_jax.config import Config, InitConfig, RuntimeConfig, TrainConfig
+from cnn_jax.data import ImageDataset, stream
 from cnn_jax.models import inspection
+from cnn_jax.order import epoch_order
 
 Images = UInt8[Array, "n height width channels"]
 
@@ -41,22 +43,32 @@ class Setup:
     """The epoch whose `optim.groups` hold."""
     cached: str = ""
     """If set, training gets the outputs of the module of this name in place of images."""
+    streamed: bool = False
+    """Whether a segment gets the batches of its own steps in place of all images."""
 
     @classmethod
     def of(cls, config: Config, dataset: ImageDataset) -> "Setup":
         """Returns the setup of a config and the data set that it trains on.
 
-        It leaves out the fields that no compiled program depends on, such as the seed.
+        It leaves out the fields that no compiled program depends on, such as the seed. A batch is
+        not larger than the training set, and a segment of a streamed one is short enough for its
+        images to fit into memory.
         """
+        n = len(dataset.train)
+        batch_size = usable_batch_size(config.train, n)
+        segment_steps = config.runtime.segment_steps
+        if dataset.is_streamed:
+            batch_bytes = batch_size * math.prod(dataset.image_shape)
+            segment_steps = min(segment_steps, max(stream.CHUNK_BYTES // batch_bytes, 1))
         compiled = replace(
             config,
             name="",
             seed=0,
             data=replace(config.data, dir=""),
             init=InitConfig(),
-            runtime=RuntimeConfig(segment_steps=config.runtime.segment_steps),
+            train=replace(config.train, batch_size=batch_size),
+            runtime=RuntimeConfig(segment_steps=segment_steps),
         )
-        n, batch_size = len(dataset.train), config.train.batch_size
         passes = max(-(-config.train.min_epoch_steps * batch_size // n), 1)
         n_classes, weights = len(dataset.class_names), ()
         if config.train.class_weights == "balanced":
@@ -69,6 +81,7 @@ class Setup:
             passes=passes,
             steps_per_epoch=-(-passes * n // batch_size),
             class_weights=weights,
+            streamed=dataset.is_streamed,
         )
 
     def at(self, epoch: int) -> "Setup":
@@ -113,6 +126,16 @@ class Setup:
     def total_steps(self) -> int:
         """The number of steps of the whole run."""
         return self.steps_per_epoch * self.config.train.epochs
+
+
+def usable_batch_size(train: TrainConfig, n: int) -> int:
+    """Returns `train.batch_size`, cut to a training set of `n` images if that is smaller.
+
+    What would be computed beyond is padding, but for a few examples that make it divisible by the
+    number of devices and by `train.accumulate`.
+    """
+    divisor = math.lcm(train.accumulate, mesh.device_count())
+    return min(train.batch_size, -(-n // divisor) * divisor)
 
 
 @struct.dataclass
@@ -209,25 +232,6 @@ def enter_phase(setup: Setup, state: TrainState) -> TrainState:
     return mesh.keep_placed(state)
 
 
-def epoch_order(
-    key: Key[Array, ""], epoch: Int[Array, ""], n: int, batch_size: int, passes: int = 1
-) -> Int[Array, "steps batch"]:
-    """Returns the examples of each step of an epoch: every index i `passes` times, then padding.
-
-    Each pass has an order of its own.
-
-    Padding is ~i, which is negative, for the first examples of the order: BatchNorm then sees
-    images in the last step as in all others, and the mask of the loss leaves them out.
-    """
-    orders = [
-        jax.random.permutation(jax.random.fold_in(key, epoch * passes + i), n)
-        for i in range(passes)
-    ]
-    order = jnp.concatenate(orders)
-    padding = ~jnp.resize(order, (-order.size % batch_size,))
-    return jnp.concatenate([order, padding]).reshape(-1, batch_size)
-
-
 def take_batch(
     setup: Setup,
     images: Array,
@@ -236,9 +240,12 @@ def take_batch(
     key: Key[Array, ""],
     epoch: Int[Array, ""],
 ) -> Batch:
-    """Returns the examples that a row of `epoch_order` names; `key` is the same for all steps."""
+    """Returns the examples that a row of `epoch_order` names; `key` is the same for all steps.
+
+    `images` are those of the whole training set or, with `setup.streamed`, of this step alone.
+    """
     examples = jnp.maximum(index, ~index)
-    taken = images[examples]
+    taken = images if setup.streamed else images[examples]
     if setup.config.augment.flip == "alternate":
         taken = augment.alternate_flip(taken, key, examples, epoch)
     return Batch(taken, labels[examples], (index >= 0).astype(jnp.float32))
@@ -403,12 +410,14 @@ def train_segment(
     The host takes no part. The number of steps is data, not shape: one program serves segments of
     every length, and a step's bits do not depend on the segment that it is in. The norm of the
     gradient is that of the segment's last step, and of the steps that `train_step` names.
+
+    With `setup.streamed`, `images` has a batch for each step: [steps, batch, height, width, 3].
     """
     order_key, step_key, flip_key = jax.random.split(key, 3)
     per_epoch = setup.steps_per_epoch
     epoch = state.step // per_epoch
     batch_size = setup.config.train.batch_size
-    order = epoch_order(order_key, epoch, len(images), batch_size, setup.passes)
+    order = epoch_order(order_key, epoch, len(labels), batch_size, setup.passes)
     starts_epoch = state.step % per_epoch == 0
     state = replace(
         state, epoch_sums=jax.tree.map(lambda x: jnp.where(starts_epoch, 0, x), state.epoch_sums)
@@ -418,7 +427,8 @@ def train_segment(
         state, history = carry
         rate = learning_rate(setup, state.step)
         index = mesh.shard(order[state.step % per_epoch])
-        batch = take_batch(setup, images, labels, index, flip_key, epoch)
+        shown = images[i] if setup.streamed else images
+        batch = take_batch(setup, shown, labels, index, flip_key, epoch)
         key = jax.random.fold_in(step_key, state.step)
         state, sums, norm = train_step(setup, state, batch, key, i == n_steps - 1)
         now = History(sums, rate, norm)

@@ -2,26 +2,43 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.cli import ONE_DEVICE, refuse, start
 from helpers.data import noise, write_photos
+from helpers.results import lines, losses, result, summary
+from helpers.training import HEAD, edit, fit, fit_until, quiet, train_run
 from PIL import Image
+from test_multiprocess import launch, wait
 
-from cnn_jax import data, memory
-from cnn_jax.config import DataConfig
+from cnn_jax import data, memory, trees
+from cnn_jax import fit as fitting
+from cnn_jax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
 from cnn_jax.data import ImageDataset, dataset, stream
 from cnn_jax.data.dataset import LazyImages
 from cnn_jax.errors import UserError
+from cnn_jax.runs.folder import RunFolder
+from cnn_jax.step import Setup
+from cnn_jax.tools import find_rate
 
 Load = Callable[..., ImageDataset]
 
@@ -64,6 +81,7 @@ def test_streamed_photos_are_those_in_memory(load: Load) -> None:
 def test_nothing_is_decoded_before_it_is_needed(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    load()  # The first time, thumbnails are compared, to find copies and broken photos.
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     streamed = load(validation=0.2)
     assert len(streamed.sha256) == 64
@@ -225,7 +243,7 @@ def numbers_of(step: int, order: np.ndarray) -> np.ndarray:
 def open_stream(
     images: LazyImages, order: np.ndarray, start: int = 0, **options: Any
 ) -> stream.BatchStream:
-    options = {"workers": 0, "ahead": 2} | options
+    options = {"workers": 0, "most": 2} | options
     return stream.BatchStream(
         images, partial(numbers_of, order=order), start, len(order), **options
     )
@@ -243,11 +261,11 @@ def test_batches_come_in_order_from_any_step_on(load: Load, workers: int) -> Non
     reader = open_stream(images, order, start=1, workers=workers)
     try:
         for step, n_steps in ((1, 2), (3, 1), (4, 2)):
-            assert reader.step == step
             taken = reader.take(n_steps)
-            np.testing.assert_array_equal(taken, expected[order[step : step + n_steps]])
+            assert taken.shape == (2, 4, 8, 8, 3)
+            np.testing.assert_array_equal(taken[:n_steps], expected[order[step : step + n_steps]])
             assert taken.ctypes.data % 64 == 0
-        assert reader.waited > 0
+            assert reader.waited > 0
     finally:
         reader.close()
 
@@ -274,7 +292,9 @@ def test_a_broken_photo_ends_a_stream_or_is_counted(
                     reader.take(1)
         finally:
             reader.close()
-    assert len(warned) == 1
+    assert len(warned) == 2
+    assert ": 1 files skipped" in warned[0]  # The one that the first round broke.
+    assert warned[1].endswith("; another photo of its class replaces it")
 
 
 def test_a_killed_worker_is_one_line(load: Load) -> None:
@@ -286,7 +306,8 @@ def test_a_killed_worker_is_one_line(load: Load) -> None:
         (worker,) = multiprocessing.active_children()
         worker.kill()
         with pytest.raises(UserError, match=r"^a process that decodes photos has ended \(.*-9"):
-            reader.take(1999)
+            for _ in range(1999):
+                reader.take(1)
     finally:
         reader.close()
     assert not multiprocessing.active_children()
@@ -301,7 +322,7 @@ from cnn_jax.data.stream import BatchStream
 
 config = DataConfig(name="folder", dir=sys.argv[1], image_size=8)
 images = data.load(config, "", "stream").train.images
-reader = BatchStream(images, lambda step: np.arange(4), 0, 2000, workers=1, ahead=2)
+reader = BatchStream(images, lambda step: np.arange(4), 0, 2000, workers=1, most=2)
 reader.take(1)
 (worker,) = multiprocessing.active_children()
 print(worker.pid, flush=True)
@@ -327,11 +348,229 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_reading_ahead_gives_every_image_once(load: Load, lazy: bool) -> None:
+def test_reading_ahead_gives_each_block(load: Load, lazy: bool) -> None:
     images = load("stream" if lazy else "memory").train.images
-    blocks = list(stream.read_ahead(images, 5))
-    assert [len(block) for block in blocks[:-1]] == [5] * (len(images) // 5)
-    np.testing.assert_array_equal(np.concatenate(blocks), images[:])
+    numbers = [np.array([3, 1]), np.arange(4), np.array([5])]
+    blocks = list(stream.read_ahead(images, numbers))
+    for block, chosen in zip(blocks, numbers, strict=True):
+        np.testing.assert_array_equal(block, images[chosen])
+    assert list(stream.read_ahead(images, [])) == []
+
+
+# Training
+
+
+def streamed_config(photos: Path, **sections: Any) -> Config:
+    """A small network and batches of 8, with dropout, padding, and segments of two steps at most.
+
+    "alternate" flips depend on the numbers of the examples.
+    """
+    config = Config(
+        name="streamed",
+        data=DataConfig(name="folder", dir=str(photos), image_size=8, validation=0.2),
+        augment=AugmentConfig(flip="alternate", translate=1),
+        model=ModelConfig(name="vgg", blocks=((4,), (4,)), dense=(8,), dropout=0.25),
+        train=TrainConfig(epochs=2, batch_size=8),
+        runtime=RuntimeConfig(segment_steps=2),
+    )
+    return edit(config, **sections)
+
+
+def test_training_on_a_stream_gives_the_bits_of_memory(load: Load, photos: Path) -> None:
+    config = streamed_config(photos)
+    runs = {}
+    for storage, workers in (("memory", 0), ("stream", 0), ("stream", 2)):
+        workdir = photos.parent / f"{storage}{workers}"
+        workdir.mkdir()
+        config = edit(config, runtime={"storage": storage, "workers": workers})
+        runs[storage, workers] = train_run(config, load(storage, validation=0.2), workdir)
+        runs[storage, workers]["lines"] = result(workdir)[1]
+    held = runs["memory", 0]
+    assert held["steps"] == 2 * 3
+    for (storage, _), found in runs.items():
+        for line in found["lines"]:
+            assert ("wait_share" in line) == (storage == "stream" and line["step"] in (2, 3, 5, 6))
+            line.pop("wait_share", None)
+        for name in ("lines", "params_sha256", "test_loss", "test_accuracy", "train_loss"):
+            assert found[name] == held[name], name
+    assert "wait_share" not in held
+    assert 0 < runs["stream", 0]["wait_share"] < 1
+    assert runs["stream", 0]["replaced_photos"] == 0
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_stream_resumes_in_mid_epoch(
+    load: Load, photos: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    config, dataset = streamed_config(photos), load(validation=0.2)
+    whole = fit(config, dataset, photos.parent / "whole").state
+    first = edit(config, runtime={"segment_steps": 1, "storage": "memory"})
+    fit_until(step, first, load("memory", validation=0.2), workdir, monkeypatch)
+    resumed = fit(config, dataset, workdir).state
+    assert trees.sha256(resumed) == trees.sha256(whole)
+
+
+def test_segments_of_a_stream_fit_into_a_chunk(
+    load: Load, photos: Path, monkeypatch: pytest.MonkeyPatch, workdir: Path
+) -> None:
+    config, dataset = streamed_config(photos), load(validation=0.2)
+    assert Setup.of(config, dataset).config.runtime.segment_steps == 2
+    expected = fit(config, dataset, photos.parent / "whole").state
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 2 * 8 * 192 - 1)
+    assert Setup.of(config, dataset).config.runtime.segment_steps == 1
+    assert trees.sha256(fit(config, dataset, workdir).state) == trees.sha256(expected)
+    assert all("images_per_second" in line for line in lines(workdir))
+    held = load("memory", validation=0.2)
+    assert Setup.of(config, held).config.runtime.segment_steps == 2
+
+
+def test_several_passes_an_epoch_and_an_order_of_their_own(
+    load: Load, photos: Path, workdir: Path
+) -> None:
+    config = streamed_config(photos, train={"min_epoch_steps": 5, "epochs": 1})
+    assert Setup.of(config, load(validation=0.2)).passes == 2
+    hashes = [
+        trees.sha256(fit(config, load(storage, validation=0.2), workdir / storage).state)
+        for storage in ("memory", "stream")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_frozen_outputs_of_streamed_photos_are_cached(
+    load: Load, photos: Path, workdir: Path
+) -> None:
+    plain = replace(streamed_config(photos), augment=AugmentConfig())
+    config = edit(plain, optim={"groups": HEAD}, train={"cache_frozen": True})
+    hashes = [
+        trees.sha256(fit(config, load(storage, validation=0.2), workdir / storage).state)
+        for storage in ("memory", "stream")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_learning_rate_is_found_on_a_stream(load: Load, photos: Path, workdir: Path) -> None:
+    config = streamed_config(photos)
+    curves = [
+        find_rate.find(config, load(storage, validation=0.2), RunFolder(workdir, quiet), 8).losses
+        for storage in ("memory", "stream")
+    ]
+    np.testing.assert_array_equal(curves[0], curves[1])
+
+
+def test_a_photo_that_breaks_in_training_ends_the_run_in_one_line(photos: Path) -> None:
+    """It is deleted in the first epoch, by a hook, and read again in the second."""
+    (photos.parent / "own.py").write_text(
+        "import os\n"
+        "def delete(moment):\n"
+        "    if moment.epoch == 1: os.rename('photos/bee', 'photos/.bee')\n"
+    )
+    command = (
+        "--data.name=folder",
+        "--data.dir=photos",
+        "--data.image_size=8",
+        "--model.blocks=[[4]]",
+        "--model.dense=[16]",
+        "--train.epochs=30",
+        "--train.batch_size=4",
+        "--runtime.storage=stream",
+        "--hooks=own.py:delete",
+        "--workdir=run",
+    )
+    message = refuse(*command, cwd=photos.parent)
+    assert re.match(r"photos/bee/\d+\.png can't be read as an image: .*No such file", message)
+    assert message.endswith("restore it, or replace such photos with --data.skip_broken=true")
+
+
+def test_replaced_photos_are_counted_in_the_summary(
+    load: Load, photos: Path, workdir: Path, warned: list[str]
+) -> None:
+    config = streamed_config(photos, data={"skip_broken": True, "validation": 0.0})
+    dataset = load(skip_broken=True)
+    for split in (dataset.train, dataset.test):
+        (photos / split.files[0]).write_bytes(b"\xff\xd8\xff")
+    expected = dataset.sha256
+    found = train_run(config, dataset, workdir)
+    assert found["replaced_photos"] == 2
+    assert len(warned) == 2
+    assert found["data"]["sha256"] == expected
+
+
+TWO_PROCESSES = (
+    "--data.name=folder",
+    "--data.dir=../photos",
+    "--data.image_size=8",
+    "--data.validation=0.2",
+    "--augment.flip=alternate",
+    "--model.blocks=[[4]]",
+    "--model.dense=[16]",
+    "--train.epochs=3",
+    "--train.batch_size=8",
+    "--optim.learning_rate=0.1",
+    "--workdir=run",
+)
+
+
+def test_two_processes_read_disjoint_shards(load: Load, tmp_path: Path) -> None:
+    """Each has half of every batch, and of what is evaluated; together they agree with one."""
+    (tmp_path / "spy.py").write_text(SPY)
+    (tmp_path / "one").mkdir()
+    alone = start(*TWO_PROCESSES, "--runtime.storage=memory", cwd=tmp_path / "one", **ONE_DEVICE)
+    assert alone.end() == 0, alone.stderr
+    processes = launch(
+        tmp_path, *TWO_PROCESSES, "--runtime.storage=stream", "--hooks=../spy.py:note_read"
+    )
+    for code, _, errors in wait(processes):
+        assert code == 0, errors
+    np.testing.assert_allclose(losses(tmp_path / "0/run"), losses(tmp_path / "one/run"), rtol=2e-5)
+    found, expected = summary(tmp_path / "0/run"), summary(tmp_path / "one/run")
+    np.testing.assert_allclose(found["test_loss"], expected["test_loss"], rtol=1e-4)
+    assert found["data"] == expected["data"]
+    files = {f"../photos/{file}" for file in load(validation=0.2).train.files}
+    assert -(-len(files) // 8) == 3  # Steps an epoch; each process has half of each.
+    read = [(tmp_path / str(i) / "read.txt").read_text().splitlines() for i in range(2)]
+    assert sum(file in files for file in read[1]) == 3 * 24 // 2
+    assert files < {*read[0], *read[1]}
+
+
+SPY = """
+from cnn_jax.data import photos
+
+load_image = photos._read_image
+
+def spying(path, layout):
+    with open("read.txt", "a") as file:
+        print(path, file=file)
+    return load_image(path, layout)
+
+photos._read_image = spying
+
+def note_read(moment):
+    pass
+"""
+
+
+# A batch that is larger than the training set
+
+
+@pytest.mark.parametrize(("accumulate", "cut"), [(1, 22), (4, 24)])
+def test_a_batch_is_cut_to_the_training_set(
+    tiny: Config,
+    dataset: ImageDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    accumulate: int,
+    cut: int,
+) -> None:
+    train = {"accumulate": accumulate, "class_weights": "balanced"}
+    large = edit(tiny, train={"batch_size": 4096, **train})
+    states = []
+    for i, config in enumerate((large, edit(tiny, train={"batch_size": cut, **train}))):
+        (tmp_path / str(i)).mkdir()
+        states.append(fitting.fit(config, dataset, RunFolder(tmp_path / str(i))).state)
+    assert int(states[0].step) == int(states[1].step) == 2
+    assert trees.sha256(states[0]) == trees.sha256(states[1])
+    line = f"train.batch_size=4096 is cut to {cut}, as there are 22 training images"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
 
 
 # Free memory

@@ -59,7 +59,7 @@ def test_the_first_filters_are_replaced_and_all_else_is_as_the_seed_drew_it(
 
 
 def test_only_the_first_images_count(monkeypatch):
-    monkeypatch.setattr(whitening, "_IMAGES", 50)
+    monkeypatch.setattr(whitening, "IMAGES", 50)
     model = models.build(ModelConfig(name="vgg", blocks=((60,),)), 3)
     params = {"block1": {"conv1": {"kernel": np.zeros((3, 3, 3, 60), np.float32)}}}
     few = whitening.whiten(model, params, "block1/conv1", IMAGES[:50], NORMALIZE)

@@ -6,11 +6,10 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,6 @@ class LazyImages(abc.ABC):
 
     dtype = np.dtype(np.uint8)
     ndim = 4
-    broken: Mapping[str, str] = MappingProxyType({})
-    """Files that can't be read, in whose place other images were returned; and the reasons."""
 
     @property
     @abc.abstractmethod
@@ -56,6 +53,11 @@ class LazyImages(abc.ABC):
     def read_one(self, index: int) -> tuple[np.ndarray, Sequence[Failure]]:
         """Returns the image of a number, and the files that it replaces as they can't be read."""
         return self[index], ()
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The files that could not be read so far, in whose place others were returned."""
+        return ()
 
     def note(self, failures: Sequence[Failure]) -> None:
         """Counts what `read_one` replaced; it may have done so in another process."""
@@ -129,7 +131,7 @@ class ImageDataset:
     def replaced(self) -> tuple[str, ...]:
         """The photos that `data.skip_broken` has replaced so far."""
         images = self.train.images
-        return tuple(sorted(images.broken)) if isinstance(images, LazyImages) else ()
+        return images.replaced if isinstance(images, LazyImages) else ()
 
     @property
     def nbytes(self) -> int:

@@ -24,6 +24,8 @@ from cnn_jax.errors import UserError
 
 # As many as ThreadPoolExecutor starts; each holds a whole photo in memory.
 _THREADS = min(32, (os.cpu_count() or 1) + 4)
+CHUNK_BYTES = 2**26
+"""Size of the images that a segment of training gets at once, and that are read ahead."""
 _AUTO_SHARE = 4
 """With runtime.storage=auto, images are streamed that fill more than the free memory over this."""
 
@@ -82,6 +84,11 @@ class PhotoImages(LazyImages):
                 failures.append((file, str(error)))
         raise UserError(f"no photo of a class can be read: {failures[0][1]}")
 
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The files in whose place others were returned."""
+        return tuple(sorted(self.broken))
+
     def note(self, failures: Sequence[Failure]) -> None:
         """Adds what was replaced to `broken`, with a warning for each new file."""
         for file, reason in failures:
@@ -123,18 +130,19 @@ def is_chosen(storage: str, nbytes: int) -> bool:
     return False
 
 
-def read_ahead(images: Images, size: int) -> Iterator[np.ndarray]:
-    """Yields blocks of `size` images and a rest, the next one being read while one is in use."""
-    starts = range(0, len(images), size)
+def read_ahead(images: Images, numbers: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields the images of each array of numbers, while it reads those of the next."""
     if isinstance(images, np.ndarray):
-        yield from (images[start : start + size] for start in starts)
+        yield from (images[chosen] for chosen in numbers)
         return
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(images.__getitem__, slice(0, size))
-        for start in starts:
-            block = following.result()
-            following = pool.submit(images.__getitem__, slice(start + size, start + 2 * size))
-            yield block
+        reading = None
+        for chosen in numbers:
+            before, reading = reading, pool.submit(images.read, chosen)
+            if before is not None:
+                yield before.result()
+        if reading is not None:
+            yield reading.result()
 
 
 class BatchStream:
@@ -152,7 +160,7 @@ class BatchStream:
         end: int,
         *,
         workers: int,
-        ahead: int,
+        most: int,
     ) -> None:
         """Starts to read.
 
@@ -163,53 +171,51 @@ class BatchStream:
             start: the first step that is read.
             end: the step after the last one.
             workers: the number of processes that decode photos; 0: threads of this one.
-            ahead: the number of batches that are held ready.
+            most: the largest number of batches that are taken at once. So many more are held ready.
         """
         import grain  # It imports JAX, which takes a second.
 
         self.waited = 0.0
-        """Seconds in which `take` waited for a batch."""
-        self.step = start
+        """Seconds that the last call of `take` took, nothing if all was decoded in time."""
         self._images = images
         batch = len(numbers(start))
+        self._shape = (most, batch, *images.shape[1:])
         options = grain.ReadOptions(_THREADS, 2 * _THREADS)
         examples = _Examples(images, numbers, start, end, batch)
         dataset = grain.MapDataset.source(examples).to_iter_dataset(options)
         if workers and isinstance(images, PhotoImages):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain asks for flags of its own
+            # Through pipes: shared memory is scarce in containers, and is left behind by a kill.
+            by_pipe = grain.experimental.DatasetOptions(min_shm_size=2**40)
+            dataset = grain.experimental.WithOptionsIterDataset(dataset, by_pipe)
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=8)
             dataset = dataset.mp_prefetch(options, _set_up_worker)
-            # Through pipes: shared memory is scarce in containers, and is left behind by a kill.
-            options = grain.experimental.DatasetOptions(min_shm_size=2**40)
-            dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
         dataset = dataset.batch(batch, batch_fn=_join)
-        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=ahead)
+        dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=most)
         self._iterator = iter(dataset)
 
     def take(self, n_steps: int) -> np.ndarray:
-        """Returns the next batches, uint8 [n_steps, batch, height, width, 3].
+        """Returns the next `n_steps` batches, with undefined ones behind them if there may be more.
+
+        Returns:
+            uint8 [most, batch, height, width, 3].
 
         Raises:
             UserError: a photo can't be read, or a process that decodes has died.
         """
-        images = None
-        for i in range(n_steps):
-            start = time.perf_counter()
-            try:
-                batch, failures = next(self._iterator)
-            except RuntimeError as error:  # grain's, of a process that was killed
-                raise UserError(
-                    f"a process that decodes photos has ended ({error}); a lower runtime.workers "
-                    "takes less memory"
-                ) from None
-            self.waited += time.perf_counter() - start
-            self._images.note(failures)
-            if images is None:
-                images = memory.empty_images(n_steps, *batch.shape)
-            images[i] = batch
-        assert images is not None
-        self.step += n_steps
+        images = memory.empty_images(*self._shape)
+        start = time.perf_counter()
+        try:
+            for i in range(n_steps):
+                images[i], failures = next(self._iterator)
+                self._images.note(failures)
+        except RuntimeError as error:  # grain's, of a process that was killed
+            raise UserError(
+                f"a process that decodes photos has ended ({error}); fewer runtime.workers take "
+                "less memory"
+            ) from None
+        self.waited = time.perf_counter() - start
         return images
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from cnn_jax import trees
 from cnn_jax.errors import UserError
 from cnn_jax.models import inspection
 
-_IMAGES = 5000
+IMAGES = 5000
 _CHUNK = 100
 _EPSILON = 5e-4
 """Added to eigenvalues, so that directions of little variance are not amplified without bound."""
@@ -47,7 +47,7 @@ def whiten(
             f"{first.name}"
         )
     kernel = np.array(leaves[name])
-    filters = whitening_filters(images[:_IMAGES], kernel.shape[:2], normalize)
+    filters = whitening_filters(images[:IMAGES], kernel.shape[:2], normalize)
     both = np.concatenate([filters, -filters], axis=-1)
     if both.shape[-1] > kernel.shape[-1]:
         raise UserError(

@@ -15,13 +15,14 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 from rich.console import Console
 
-from cnn_jax import fit, kernels, mesh
+from cnn_jax import fit, kernels, memory, mesh
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, printable
+from cnn_jax.order import epoch_order
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.runs.log import RunLog
-from cnn_jax.step import Setup, TrainState, epoch_order, take_batch, train_step
+from cnn_jax.step import Setup, TrainState, take_batch, train_step
 from cnn_jax.tools import Request, report
 from cnn_jax.tools.evaluate import load_dataset
 
@@ -99,7 +100,8 @@ def find(
     train = replace(config.train, ema_decay=0.0, lookahead_steps=0)
     setup = replace(SweepSetup.of(replace(config, train=train), dataset), n_steps=n_steps)
     init_key, sweep_key = jax.random.split(jax.random.key(config.seed))
-    images, labels = mesh.replicate((dataset.train.images, dataset.train.labels))
+    images = _images(setup, dataset, sweep_key, n_steps)
+    labels = mesh.replicate(dataset.train.labels)
     with kernels.use(config.runtime.kernels):
         state = mesh.place(fit.start(config, setup, dataset, folder, init_key))
         found = sweep(setup, state, images, labels, mesh.replicate(sweep_key))
@@ -115,11 +117,23 @@ def find(
     return RateSweep(rates, losses[kept], smoothed[kept])
 
 
+def _images(setup: Setup, dataset: ImageDataset, key: jax.Array, n_steps: int) -> jax.Array:
+    """Returns all training images; of streamed ones, the batches of the sweep."""
+    images = dataset.train.images
+    if isinstance(images, np.ndarray):
+        return mesh.lend(images)
+    numbers = fit.step_numbers(setup, len(images), key)
+    read = memory.empty_images(n_steps, len(numbers.places), *images.shape[1:])
+    for step, batch in enumerate(read):
+        batch[:] = images[numbers(step)]
+    return mesh.divide(read, axis=1)
+
+
 @partial(jax.jit, static_argnames="setup")
 def sweep(
     setup: SweepSetup,
     state: TrainState,
-    images: UInt8[Array, "n height width channels"],
+    images: UInt8[Array, "..."],
     labels: Int[Array, "n"],
     key: Key[Array, ""],
 ) -> tuple[Int[Array, ""], Float[Array, "n_steps"], Float[Array, "n_steps"]]:
@@ -136,9 +150,11 @@ def sweep(
     def body(carry: Any) -> Any:
         i, state, losses, smoothed, mean, _ = carry
         epoch = i // setup.steps_per_epoch
-        order = epoch_order(order_key, epoch, len(images), setup.config.train.batch_size)
+        batch_size = setup.config.train.batch_size
+        order = epoch_order(order_key, epoch, len(labels), batch_size, setup.passes)
         index = mesh.shard(order[i % setup.steps_per_epoch])
-        batch = take_batch(setup, images, labels, index, flip_key, epoch)
+        shown = images[i] if setup.streamed else images
+        batch = take_batch(setup, shown, labels, index, flip_key, epoch)
         key = jax.random.fold_in(step_key, i)
         state, sums, _ = train_step(setup, state, batch, key, with_norm=False)
         loss = sums.loss / sums.count
