@@ -103,3 +103,29 @@ def test_a_finished_run_is_refused_for_changed_photos(cwd: Path):
 def test_a_folder_without_a_name_or_a_checkpoint_says_what_to_set(cwd: Path):
     assert "data.dir=PHOTOS" in refuse("--config=finetune_head", *RUN[3:4], cwd=cwd)
     assert "runs/vgg3" in refuse(*RUN[:3], cwd=cwd)
+
+
+def test_labels_from_a_file_and_a_test_part_that_lacks_a_class(cwd: Path):
+    lines = ["path,label,split"]
+    for name in COLOURS:
+        for path in sorted((cwd / "photos" / name).iterdir()):
+            tested = path.stem in ("0", "1", "2") and name != "blue"
+            part = "Testing" if tested else "Training"
+            lines.append(f"photos/{name}/{path.name},colour {name},{part}")
+    (cwd / "labels.csv").write_text("\n".join(lines))
+    run = [argument.replace("--data.dir=photos", "--data.dir=labels.csv") for argument in RUN]
+    result = command(*run, "--train.epochs=3", "--workdir=labels_run", cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    assert "labels labels.csv: 54 train, 6 test images, 3 classes" in result.stdout
+    assert "labels.csv: test has no photos of colour blue" in result.stderr
+    assert "labels labels.csv: 3 files skipped, the first: photos/blue/broken.jpg" in result.stderr
+    again = command("--mode=evaluate", "--workdir=labels_run", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    report = (cwd / "labels_run" / "report.html").read_text()
+    assert "colour blue" in report
+    (cwd / "labels.csv").write_text("\n".join([*lines, "photos/red/none.jpg,colour red,Training"]))
+    refused = command(*run, "--train.epochs=3", "--workdir=other_run", cwd=cwd)
+    assert refused.returncode == 2
+    assert refused.stderr.endswith(
+        "error: labels.csv: does not exist: photos/red/none.jpg (line 65)\n"
+    )

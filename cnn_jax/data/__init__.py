@@ -1,9 +1,11 @@
 """Loads labelled images: `load(config.data)` decodes, caches, splits and checks them.
 
-`digits`, `folder`, `tfds` and `custom` each turn one kind of source into uint8 arrays (`archives`
-prepares some tfds sets from their official archives, `photos` reads single image files), `cache`
+`digits`, `tfds`, `custom` and `photo_set` each turn one kind of source into uint8 arrays, `cache`
 keeps the arrays on disk, `split` chooses the examples, and `stream` reads during training what does
-not fit in memory. Nothing here imports JAX before it is used.
+not fit in memory. `archives` prepares some tfds sets from their official archives.
+
+Photos are listed by `photo_folder`, `labels` or `parquet`; `examine` finds broken ones and copies,
+and `photos` decodes them. Nothing here imports JAX before it is used.
 """
 
 from functools import partial
