@@ -29,7 +29,7 @@ def found(tmp_path: Path):
         root = tmp_path / "photos"
         files = sorted(path.name for path in root.iterdir())
         states = [(name, (root / name).stat().st_mtime_ns) for name in files]
-        return examine.examine(root, files, states, tmp_path / "cache")
+        return examine.examine(root, files, states, tmp_path / "cache" / "found.json")
 
     return run
 

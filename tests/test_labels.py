@@ -121,6 +121,9 @@ def test_the_first_five_are_named(refusal) -> None:
     assert of(known[0]) == (
         "STORE/labels.csv: is named more than once: one/000.png (line 2), one/000.png (line 12)"
     )
+    assert of("./one/../one/003.png,cat,train") == (
+        "STORE/labels.csv: is named more than once: one/003.png (line 5), one/003.png (line 12)"
+    )
     assert of("one/005.png,,train") == "STORE/labels.csv: has no label: one/005.png (line 12)"
     assert of("one/005.png,hen,test") == (
         "STORE/labels.csv: has a label that no training photo has: one/005.png (line 12)"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cnn_jax import data
 from cnn_jax.config import DataConfig
-from cnn_jax.data import ImageDataset
+from cnn_jax.data import ImageDataset, photos
 from cnn_jax.errors import UserError
 
 Load = Callable[..., ImageDataset]
@@ -236,6 +236,35 @@ def test_a_folder_around_the_folder_is_named(refusal: Refusal, root: Path) -> No
         "PHOTOS needs two subfolders of images or more, one a class; did you mean "
         "--data.dir=PHOTOS/archive?"
     )
+
+
+def test_a_file_of_labels_in_the_folder_is_named(refusal: Refusal, root: Path) -> None:
+    write_photos(root, {"images": 5})
+    (root / "labels.csv").write_text("path,label\n")
+    assert refusal() == (
+        "PHOTOS needs two subfolders of images or more, one a class; did you mean the labels in "
+        "--data.dir=PHOTOS/labels.csv?"
+    )
+
+
+def test_classes_that_differ_only_in_case_get_a_warning(
+    load: Load, root: Path, warned: list[str]
+) -> None:
+    write_photos(root, {"Cat": 4, "cat": 4, "dog": 4})
+    assert load().class_names == ("Cat", "cat", "dog")
+    assert warned == [f"folder {root}: classes Cat and cat differ only in upper and lower case"]
+
+
+def test_choices_of_classes_keep_what_was_found_apart(
+    load: Load, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(root, {"cat": 4, "dog": 4, "hen": 4})
+    choices = ((), ("cat", "dog"), ("dog", "hen"))
+    for classes in choices:
+        load(classes=classes)
+    monkeypatch.setattr(photos, "read_images", lambda *args: pytest.fail("read again"))
+    for classes in choices:
+        load(classes=classes)
 
 
 def test_files_that_would_vanish(load: Load, root: Path, warned: list[str]) -> None:

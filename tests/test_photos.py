@@ -329,6 +329,17 @@ def test_read_images_gives_the_reasons_of_broken_ones(tmp_path: Path) -> None:
     assert reasons[4].startswith("JPEG XL can't be read; convert it to JPEG or PNG")
 
 
+def test_photos_with_further_pictures_inside(tmp_path: Path) -> None:
+    """As phones save them, with a depth map for example; also with a faulty list of them."""
+    first, other = soft(40, 30), soft(10, 10)
+    path = saved(tmp_path, first, "two.jpg", format="MPO", save_all=True, append_images=[other])
+    plain = saved(tmp_path, first, "one.jpg", format="JPEG")
+    expected = photos.load_image(plain, photos.Layout(16))
+    np.testing.assert_array_equal(photos.load_image(path, photos.Layout(16)), expected)
+    path.write_bytes(path.read_bytes().replace(b"MPF\0", b"MPF\0\xff\xff\xff\xff", 1))
+    np.testing.assert_array_equal(photos.load_image(path, photos.Layout(16)), expected)
+
+
 def test_a_photo_is_told_by_its_content(tmp_path: Path) -> None:
     image = soft(9, 9)
     for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF"):

@@ -48,7 +48,7 @@ class Examination:
     """Groups of two or more that show the same picture; the one with the shortest name is first."""
 
 
-def examine(root: Path, files: Sequence[str], states: Any, cache_dir: Path) -> Examination:
+def examine(root: Path, files: Sequence[str], states: Any, cache: Path) -> Examination:
     """Returns what is found in photos, from the cache of an earlier call if nothing has changed.
 
     Copies are photos with equal files, and photos with almost equal thumbnails, as those of a
@@ -59,20 +59,19 @@ def examine(root: Path, files: Sequence[str], states: Any, cache_dir: Path) -> E
         root: the folder that `files` are relative to.
         files: paths of photos.
         states: JSON that changes whenever a file does.
-        cache_dir: the cache folder.
+        cache: the file in which the result is kept.
     """
-    path = cache_dir / f"examined-{digest(str(root.resolve()))}.json"
     fingerprint = digest(_FORMAT, states)
     try:
-        cached = json.loads(path.read_text())
+        cached = json.loads(cache.read_text())
         if cached["fingerprint"] == fingerprint:
             return Examination(cached["unreadable"], tuple(map(tuple, cached["copies"])))
     except (OSError, ValueError, LookupError, TypeError):
         pass  # It is absent or damaged.
     found = _examine(root, files)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, json.dumps({"fingerprint": fingerprint, **vars(found)}))
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(cache, json.dumps({"fingerprint": fingerprint, **vars(found)}))
     except OSError as error:
         logging.warning("what was found in photos is not kept: %s", one_line(error))
     return found

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def _row(line: int, values: dict[str, Any]) -> Row:
         for key in ("path", "label", "split")
     )
     part = part_of(split) if "split" in values else "train"
-    return Row(f"line {line}", path, normal(label), part)
+    return Row(f"line {line}", os.path.normpath(path), normal(label), part)
 
 
 def _refuse(file: Path, what: str, rows: Sequence[Row]) -> None:

@@ -260,4 +260,6 @@ def _too_few(root: Path, folder: Path, skipped: Sequence[str]) -> str:
     names = _names(folder)
     if folder == root and len(names) == 1 and len(_names(root / names[0])) > 1:
         return f"{message}; did you mean --data.dir={root / names[0]}?"
+    if files := sorted(root.glob("*.csv")):
+        return f"{message}; did you mean the labels in --data.dir={files[0]}?"
     return f"{message}; {photos.skipped_line(skipped)}" if skipped else message

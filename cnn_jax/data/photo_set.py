@@ -31,17 +31,18 @@ def source(config: DataConfig, cache_dir: Path) -> Source:
         OSError: a folder or file can't be examined.
     """
     listing = _listing(config, cache_dir)
-    for note in listing.notes:
+    for note in (*listing.notes, *_differing_in_case(listing)):
         logging.warning("%s", printable(note))
     files, layout = listing.files, photos.Layout.of(config)
     stats = ((file, os.stat(os.path.join(listing.root, file))) for file in files)
     states = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    found = examine(listing.root, files, states, cache_dir)
+    identity = f"{Path(config.dir).expanduser().resolve()} {sorted(config.classes)}"
+    cache = cache_dir / f"examined-{digest(identity)}.json"
+    found = examine(listing.root, files, states, cache)
     listing = _without(listing, found.unreadable)
-    chosen = sorted(config.classes)
     return Source(
         name="folder",
-        identity=f"{Path(config.dir).expanduser().resolve()} {layout} {chosen}",
+        identity=f"{identity} {layout}",
         fingerprint=digest(states, listing.class_names, listing.skipped),
         description=listing.description,
         decode=lambda: _decode(listing, layout),
@@ -64,6 +65,14 @@ def _listing(config: DataConfig, cache_dir: Path) -> Listing:
     if parquet.find(path):
         return parquet.list_parquet(path, cache_dir, config.classes)
     return photo_folder.list_folder(path, config.classes)
+
+
+def _differing_in_case(listing: Listing) -> list[str]:
+    """Returns a sentence for each two classes that may be meant to be one."""
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(name.casefold(), name), name) for name in listing.class_names]
+    said = "differ only in upper and lower case"
+    return [f"{listing.description}: classes {a} and {b} {said}" for a, b in pairs if a != b]
 
 
 def _without(listing: Listing, unreadable: dict[str, str]) -> Listing:
