@@ -74,6 +74,7 @@ def convert(
     graph = _Graph()
     (result,) = graph.evaluate(traced, ["images"])
     graph.nodes.append(helper.make_node("Identity", [graph.name(result)], ["probabilities"]))
+    graph.leave_out_unused()
     uint8, float32 = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
     n_classes = traced.out_avals[0].shape[1]
     model = helper.make_model(
@@ -98,6 +99,10 @@ class _Graph:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[bytes, onnx.TensorProto] = {}
+        self._convolutions: dict[str, tuple[Value, np.ndarray, np.ndarray, dict[str, Any]]] = {}
+        """Inputs and attributes of the convolutions, by the name of their NHWC output."""
+        self._relus: dict[str, str] = {}
+        """Inputs of ReLUs, by the name of their output."""
 
     def name(self, value: Value) -> str:
         """Returns the name of a value; a constant becomes part of the model, once."""
@@ -138,6 +143,54 @@ class _Graph:
         one = _integers([axis])
         return self.add("Concat", *(self.add("Unsqueeze", x, one) for x in values), axis=axis)
 
+    def convolve(
+        self, x: Value, kernel: np.ndarray, bias: np.ndarray, attributes: dict[str, Any]
+    ) -> Value:
+        """Adds a convolution of NCHW values with an OIHW kernel, and returns it as NHWC."""
+        y = self.transpose(self.add("Conv", x, kernel, bias, **attributes), (0, 2, 3, 1))
+        assert isinstance(y, str)
+        self._convolutions[y] = x, kernel, bias, attributes
+        return y
+
+    def fuse(self, name: str, inputs: Sequence[Value]) -> Value | None:
+        """Returns an operation together with the one before it, if they are one, else None.
+
+        A factor or a term of each channel becomes part of the convolution's kernel and bias, as
+        those of batch normalisation. The operation before stays for others that use it, if any.
+        """
+        if not isinstance(inputs[0], str) and name != "sub":
+            inputs = inputs[::-1]
+        x, constant = inputs
+        if isinstance(x, np.ndarray) or isinstance(constant, str):
+            return None
+        numbers = constant.reshape(-1)
+        if name == "max" and numbers.tolist() == [0]:
+            relu = self.add("Relu", x)
+            self._relus[relu] = x
+            return relu
+        if name == "min" and x in self._relus and constant.ndim == 0:
+            return self.add("Clip", self._relus[x], np.zeros_like(constant), constant)
+        if x not in self._convolutions or name not in ("add", "sub", "mul"):
+            return None
+        source, kernel, bias, attributes = self._convolutions[x]
+        if len(numbers) not in (1, len(bias)) or constant.shape[-1:] not in ((), numbers.shape):
+            return None  # not a number for each channel
+        if name == "mul":
+            kernel, bias = kernel * numbers.reshape(-1, 1, 1, 1), bias * numbers
+        else:
+            bias = bias + numbers if name == "add" else bias - numbers
+        return self.convolve(source, kernel, bias, attributes)
+
+    def leave_out_unused(self) -> None:
+        """Removes nodes and constants that the last node does not depend on."""
+        needed, kept = set(self.nodes[-1].output), []
+        for node in reversed(self.nodes):
+            if needed & set(node.output):
+                kept.append(node)
+                needed |= set(node.input)
+        self.nodes = kept[::-1]
+        self.constants = {k: v for k, v in self.constants.items() if v.name in needed}
+
     def evaluate(self, program: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
         """Adds all operations of a traced function; returns its outputs."""
         jaxpr = program.jaxpr
@@ -166,6 +219,8 @@ class _Graph:
             found = equation.primitive.bind(*map(jnp.asarray, inputs), **params)
             results = found if equation.primitive.multiple_results else [found]
             return [np.asarray(result) for result in results]
+        if len(inputs) == 2 and (fused := self.fuse(name, inputs)) is not None:
+            return [fused]
         if name in _SAME:
             return [self.add(_SAME[name], *inputs)]
         if name not in _CONVERTERS:
@@ -221,15 +276,16 @@ def _conv(graph: _Graph, equation: JaxprEqn, x: Value, kernel: Value) -> Value:
     if max(params["lhs_dilation"]) > 1 or params["batch_group_count"] > 1:
         raise UserError(_no_counterpart("a transposed convolution"))
     numbers = params["dimension_numbers"]
-    y = graph.add(
-        "Conv",
-        graph.transpose(x, numbers.lhs_spec),
-        graph.transpose(kernel, numbers.rhs_spec),
-        strides=list(params["window_strides"]),
-        pads=[side[i] for i in (0, 1) for side in params["padding"]],
-        dilations=list(params["rhs_dilation"]),
-        group=params["feature_group_count"],
-    )
+    attributes = {
+        "strides": list(params["window_strides"]),
+        "pads": [side[i] for i in (0, 1) for side in params["padding"]],
+        "dilations": list(params["rhs_dilation"]),
+        "group": params["feature_group_count"],
+    }
+    x, kernel = graph.transpose(x, numbers.lhs_spec), graph.transpose(kernel, numbers.rhs_spec)
+    if isinstance(kernel, np.ndarray) and numbers.out_spec == (0, 3, 1, 2):
+        return graph.convolve(x, kernel, np.zeros(len(kernel), kernel.dtype), attributes)
+    y = graph.add("Conv", x, kernel, **attributes)
     return graph.transpose(y, np.argsort(numbers.out_spec).tolist())
 
 

@@ -307,3 +307,36 @@ def test_onnx_without_its_packages_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install onnx onnxruntime"):
         export.run(Request("export", Config(), tmp_path, format="onnx"))
+
+
+def test_onnx_fuses_what_surrounds_a_convolution(tmp_path: Path):
+    """Batch normalisation and ReLU6 are no operations of their own; other uses stay right."""
+    kernel = jnp.linspace(-1, 1, 3 * 3 * 3 * 4).reshape(3, 3, 3, 4)
+    each = jnp.arange(1.0, 5.0).reshape(1, 1, 1, 4)
+
+    def convolve(x: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    def network(images: jax.Array) -> jax.Array:
+        y = convolve(images.astype(jnp.float32) / 255)
+        y = nn.relu6((y - each) * (2 * each) + 0.5)
+        return y.reshape(images.shape[0], -1)
+
+    def branching(images: jax.Array) -> jax.Array:
+        y = convolve(images.astype(jnp.float32) / 255)
+        rows = jnp.arange(1.0, 9.0).reshape(1, 8, 1, 1)  # no number for each channel
+        y = jnp.concatenate([y, y * each, y + rows, 1 - y, jnp.minimum(nn.relu(y), each)], -1)
+        return jnp.concatenate([y, nn.relu(y)], -1).reshape(images.shape[0], -1)
+
+    images = noise(4, 8, 8, 3)
+    for function in (network, branching):
+        model = onnx_writer.convert(function, (8, 8, 3))
+        path = tmp_path / "model.onnx"
+        onnx.save(model, path)
+        found = export.run_exported(path, images)
+        np.testing.assert_allclose(found, function(images), rtol=1e-4, atol=1e-4)
+        if function is network:
+            kinds = sorted(node.op_type for node in model.graph.node)
+            expected = ["Cast", "Clip", "Conv", "Div", "Identity", "Reshape"]
+            assert kinds == [*expected, "Transpose", "Transpose"]
