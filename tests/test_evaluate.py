@@ -1,11 +1,16 @@
 """The tables of --mode=evaluate at the width of a terminal."""
 
 import io
+import json
 import re
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.cli import SMALL, finish, refuse
+from helpers.data import write_photos
 from helpers.predictors import random_predictor
 from helpers.training import edit
 from rich.console import Console
@@ -104,8 +109,7 @@ def test_many_classes_have_no_confusion_matrix(tiny: Config, dataset: ImageDatas
     console = Console(file=io.StringIO(), width=80, soft_wrap=True)
     predictor = random_predictor(tiny, names)
     test = evaluate(predictor, dataset.test)
-    other = ImageDataset(**{**vars(dataset), "class_names": names})
-    print_evaluation(console, predictor, other, test)
+    print_evaluation(console, predictor, test, ())
     text = console.file.getvalue()  # pyright: ignore
     assert f"step 0: test accuracy {test.accuracy:.2%}, test loss {test.loss:.4f}" in text
     assert ("confusion matrix" in text) == (n_classes == 3)
@@ -116,12 +120,69 @@ def test_many_classes_have_no_confusion_matrix(tiny: Config, dataset: ImageDatas
 def test_the_worst_mistakes_are_named_by_their_files(tiny: Config, dataset: ImageDataset):
     files = tuple(f"{i}\x1b.png" for i in range(10))
     split = type(dataset.test)(dataset.test.images, dataset.test.labels, files)
-    photos = ImageDataset(**{**vars(dataset), "test": split})
     predictor = random_predictor(edit(tiny, augment={"test_time": "none"}))
     test = evaluate(predictor, split)
     console = Console(file=io.StringIO(), width=80, soft_wrap=True)
-    print_evaluation(console, predictor, photos, test)
+    print_evaluation(console, predictor, test, files)
     text = console.file.getvalue()  # pyright: ignore
     wrong = int(np.sum(test.logits.argmax(axis=1) != split.labels))
     assert 0 < wrong == text.count("\\x1b.png: ")
     assert "\x1b.png" not in text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on photos of three classes, 15 of each."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_photos(folder / "photos", {"blue": 15, "green": 15, "red": 15})
+    data = ("--data.name=folder", "--data.dir=photos", "--data.images_per_class=0")
+    finish(*SMALL, *data, "--workdir=run", cwd=folder)
+    return folder
+
+
+def evaluated(trained: Path, folder: str) -> str:
+    flags = ("--mode=evaluate", "--workdir=run", f"--data.dir={folder}")
+    return finish(*flags, cwd=trained).stdout
+
+
+def test_every_photo_of_another_folder_is_scored(trained: Path):
+    """Classes are matched by name, whatever their numbers there; the network knows no amber."""
+    write_photos(trained / "other", {"red": 4, "amber": 3, "green": 7})
+    (trained / "other/broken").mkdir()
+    out = evaluated(trained, "other")
+    assert "folder other: all 11 images are scored\n" in out
+    assert "warning: 3 images of classes that the network does not know: amber\n" in out
+    rows = {row[1]: row for line in out.splitlines() if len(row := line.split("│")) > 5}
+    images = {name.strip(): int(row[2]) for name, row in rows.items()}
+    assert images == {"blue": 0, "green": 7, "red": 4}
+    answers = json.loads(
+        finish("--mode=predict", "--workdir=run", "--json", "other", cwd=trained).stdout
+    )
+    right = sum(a["file"].split("/")[1] == a["class"] for a in answers)
+    assert f"step 2: accuracy {right / 11:.2%}, loss " in out
+
+
+def test_all_parts_of_another_folder_are_scored(trained: Path):
+    for part, n in (("Training", 2), ("valid", 3), ("test", 4)):
+        write_photos(trained / "parts" / part, {"red": n, "blue": n})
+    out = evaluated(trained, "parts")
+    line = "all 18 images are scored, 4 of train, 6 of validation, 8 of test\n"
+    assert f"folder parts: {line}" in out
+
+
+def test_the_photos_of_the_run_are_not_others_where_they_have_moved(trained: Path):
+    own = finish("--mode=evaluate", "--workdir=run", cwd=trained).stdout
+    assert re.search(r"folder photos: \d+ train, \d test images", own)
+    shutil.copytree(trained / "photos", trained / "moved")
+    for place in ("moved", "./photos", str(trained / "photos")):
+        out = evaluated(trained, place)
+        assert out.split("\n", 1)[1] == own.split("\n", 1)[1]
+    next((trained / "moved/red").iterdir()).unlink()
+    assert "all 44 images are scored" in evaluated(trained, "moved")
+
+
+def test_another_folder_without_a_known_class_is_refused(trained: Path):
+    write_photos(trained / "animals", {"cat": 2, "dog": 2})
+    flags = ("--mode=evaluate", "--workdir=run", "--data.dir=animals")
+    line = refuse(*flags, cwd=trained)
+    assert line.endswith("(cat, dog) is one of the network's: blue, green, red")

@@ -219,7 +219,7 @@ def save(
         network = replace(network, temperature=temperature)
         ended = Result(setup, state, Progress(), network)
         finished = train.finish(config, dataset, folder, ended, calibrated=True)
-    print_evaluation(console, network, dataset, finished.test)
+    print_evaluation(console, network, finished.test, dataset.test.files)
     console.print(f"report: {path / 'report.html'}")
 
 

@@ -62,7 +62,9 @@ def run(request: Request) -> None:
                         finished = finish(one, dataset, part, fit(one, dataset, part, hooks))
                         ended = dict(finished.summary)
                         if dataset.test.files:
-                            print_classes(console, finished.predictor, dataset, finished.test)
+                            print_classes(
+                                console, finished.predictor, finished.test, dataset.test.files
+                            )
                     summaries.append(ended)
             found = _join(config, folder, summaries)
     _print_result(console, found)
@@ -125,6 +127,7 @@ def finish(
     found = (
         outcome.provenance(config, dataset)
         | _figures(result)
+        | _streaming(dataset, result)
         | {f"test_{name}": figure for name, figure in figures.items()}
         | {
             "test_loss": test.loss,
@@ -136,6 +139,17 @@ def finish(
     finished = FinishedRun(found, folder.read_metrics(), dataset, predictor, test)
     folder.finish(found, lambda: report.write(folder.path, finished))
     return finished
+
+
+def _streaming(dataset: ImageDataset, result: Result) -> dict[str, Any]:
+    """Returns how streamed images were read; nothing for those in memory."""
+    if not dataset.is_streamed:
+        return {}
+    progress = result.progress
+    return {
+        "wait_share": progress.waited / progress.seconds if progress.seconds else None,
+        "replaced_photos": len(dataset.replaced),
+    }
 
 
 def _without_average(result: Result) -> Predictor:
@@ -231,7 +245,8 @@ def _check_photos(config: Config, workdir: Path, found: dict[str, Any]) -> None:
     if config.data.name != "folder" or not Path(config.data.dir).expanduser().is_dir():
         return
     trained_on = found.get("runs", [found])[0]["data"]["sha256"]
-    if data.load(config.data, config.runtime.cache_dir).sha256 != trained_on:
+    runtime = config.runtime
+    if data.load(config.data, runtime.cache_dir, runtime.storage).sha256 != trained_on:
         raise UserError(
             f"{workdir} is finished, and the photos in {config.data.dir} have changed since; "
             "choose another --workdir to train on them"
