@@ -38,7 +38,7 @@ def training_view(
     if config.random_crop:
         images = random_resized_crop(images, _key(key, _CROP), (height, width), config.random_crop)
     elif data.crop < 1:
-        images = centre_crop(images, height)
+        images = centre_crop(images, height, width)
     unit = images.astype(jnp.float32) / 255
     if any(config.color):
         unit = distort.color_jitter(unit, _key(key, _COLOR), config.color)
@@ -54,7 +54,7 @@ def evaluation_view(
 ) -> Float[Array, "batch height width channels"]:
     """Returns what the network sees outside training: the centre of each image, normalised."""
     if data.crop < 1:
-        images = centre_crop(images, data.seen(images.shape[1:])[0])
+        images = centre_crop(images, *data.seen(images.shape[1:])[:2])
     return normalize(images, data.normalize)
 
 
@@ -88,14 +88,15 @@ def denormalize(
 
 
 def centre_crop(
-    images: Real[Array, "batch height width channels"], side: int
-) -> Real[Array, "batch side side channels"]:
-    """Returns the central `side` x `side` pixels, at torchvision's offsets where one side is odd.
+    images: Real[Array, "batch old_height old_width channels"], height: int, width: int
+) -> Real[Array, "batch {height} {width} channels"]:
+    """Returns the central pixels, at torchvision's offsets where an odd number is cut off.
 
-    `side` must not be larger than the height or the width.
+    Height and width must not be larger than the images'.
     """
-    top, left = (round((size - side) / 2) for size in images.shape[1:3])
-    return images[:, top : top + side, left : left + side]
+    sizes = zip(images.shape[1:3], (height, width), strict=True)
+    top, left = (round((old - new) / 2) for old, new in sizes)
+    return images[:, top : top + height, left : left + width]
 
 
 def random_resized_crop(

@@ -203,6 +203,25 @@ def test_evaluation_view_is_the_normalised_centre(stored: int, side: int):
     np.testing.assert_array_equal(augment.evaluation_view(picture, data), expected)
 
 
+def test_crops_keep_the_shape_of_images_whose_sides_differ():
+    pictures, data = photos(2, 16, 20), DataConfig(crop=0.75)
+    expected = pictures[:, 2:14, 2:17] / np.float32(255)  # 2 and 3 columns are cut off
+    np.testing.assert_array_equal(augment.evaluation_view(pictures, data), expected)
+    np.testing.assert_array_equal(training_view(pictures, KEY, data, AugmentConfig()), expected)
+    cropped = training_view(pictures, KEY, data, AugmentConfig(random_crop=0.5))
+    assert cropped.shape == (2, 12, 15, 3)
+
+
+def test_denormalize_returns_the_pixels():
+    pictures = jnp.arange(256, dtype=jnp.uint8).repeat(3).reshape(1, 16, 16, 3)
+    values = augment.normalize(pictures, SCALED.normalize)
+    np.testing.assert_array_equal(augment.denormalize(values, SCALED.normalize), pictures)
+    outside = augment.denormalize(
+        jnp.array([-99.0, 99.0, 0.0]).reshape(1, 1, 1, 3), SCALED.normalize
+    )
+    np.testing.assert_array_equal(outside[0, 0, 0], [0, 255, 76])
+
+
 def test_without_a_crop_images_keep_sides_that_differ():
     pictures = photos(2, 12, 20)
     for config in (AugmentConfig(), AugmentConfig(random_crop=0.5)):
@@ -242,6 +261,9 @@ def test_random_crop_scales_some_rectangle_of_the_image():
     assert abs(area.mean() - 0.625) < 0.05
     assert 0.74 < ratio.min() < 0.8
     assert 1.25 < ratio.max() < 1.36
+    large = (area > 0.75) & (area < 0.85)  # as long as the image itself, where it can't be longer
+    assert 0.74 < ratio[large].min() < 0.84
+    assert 1.19 < ratio[large].max() < 1.36
     assert 0 <= rows.min() < 1
     assert 62 < rows.max() <= 63
     for line, length in ((rows, height), (columns, width)):

@@ -51,7 +51,9 @@ def run(request: Request) -> None:
     pixels = write_golden(folder, layout(predictor))
     golden = run_exported(path, pixels)
     difference = float(np.abs(golden - predictor.probabilities(pixels)).max())
-    if difference > TOLERANCE and config.model.dtype == "float32":
+    # A GPU may round the products of a float32 network to TF32, which a file on a CPU does not.
+    exact = config.model.dtype == "float32" and jax.default_backend() == "cpu"
+    if exact and difference > TOLERANCE:
         raise UserError(f"{path} gives other probabilities than the network, by {difference:.1e}")
     write_json(folder / "predictor.json", describe(predictor, golden) | {"format": request.format})
     written = [path.name, "predictor.json", "golden.jpg", "golden.png"]
