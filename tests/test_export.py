@@ -267,13 +267,13 @@ def test_the_programs_of_the_page_classify_as_predict_does(exported: Path, libra
     ways = {"jax": "jax.export.deserialize", "onnx": "onnxruntime.InferenceSession"}
     (way,) = [block for block in shown if ways[library] in block]
     steps = shown[0] if way == shown[0] else shown[0] + way
-    assert len(steps.strip().splitlines()) <= 25
     photo = next((exported / "photos/cat").iterdir())
-    program = steps + "\nimport sys\nprint(json.dumps([probabilities.tolist(), [*sys.modules]]))"
-    for path, name in ((photo, "photo.jpg"), (exported / "run/export/golden.jpg", "photo.jpg")):
+    program = steps + "\nimport sys\nnp.save('found.npy', images)\n"
+    program += "print(json.dumps([probabilities.tolist(), [*sys.modules]]))"
+    named = exported / "run/export/photo.jpg"
+    for path in (photo, exported / "run/export/golden.jpg"):
         with Image.open(path) as image:
-            exif = image.getexif()
-            image.convert("RGB").save(exported / "run/export/photo.jpg", quality=95, exif=exif)
+            image.convert("RGB").save(named, quality=95, exif=image.getexif())
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         alone = subprocess.run(
             [sys.executable, "-P", "-c", program],
@@ -285,11 +285,13 @@ def test_the_programs_of_the_page_classify_as_predict_does(exported: Path, libra
         assert alone.returncode == 0, alone.stderr
         (row,), modules = json.loads(alone.stdout.splitlines()[-1])
         assert not {"cnn_jax", "flax"} & {module.split(".")[0] for module in modules}
-        named = str(exported / "run/export" / name)
-        ended = finish("--mode=predict", "--json", "--workdir=run", named, cwd=exported)
+        ended = finish("--mode=predict", "--json", "--workdir=run", str(named), cwd=exported)
         (found,) = json.loads(ended.stdout)
         assert found["class"] == ["cat", "dog"][int(np.argmax(row))]
         assert abs(found["probability"] - max(row)) < 2e-3
+    pixels = np.load(exported / "run/export/found.npy")[0].astype(int)
+    golden = np.asarray(Image.open(exported / "run/export/golden.png"))
+    assert np.abs(pixels - golden).max() <= 2
 
 
 def test_a_resnet_is_exported_with_its_weights_for_pytorch(tmp_path: Path):
