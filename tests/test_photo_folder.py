@@ -255,6 +255,25 @@ def test_classes_that_differ_only_in_case_get_a_warning(
     assert warned == [f"folder {root}: classes Cat and cat differ only in upper and lower case"]
 
 
+def test_each_layout_has_a_cache_of_its_own(load: Load, root: Path) -> None:
+    write_photos(root, {"cat": 3, "dog": 3}, size=(24, 16))
+    layouts = (
+        {"image_size": 12},
+        {"image_size": 12, "fit": "pad"},
+        {"image_size": 12, "fit": "stretch"},
+        {"image_size": 12, "interpolation": "bicubic"},
+        {"image_size": 12, "crop": 0.5},
+    )
+    seen = set()
+    for values in (*layouts, *layouts):  # First written, then read.
+        train = load(**values).train
+        image = train.images[0]
+        layout = photos.Layout.of(DataConfig(**values))
+        np.testing.assert_array_equal(image, photos.load_image(root / train.files[0], layout))
+        seen.add(image.tobytes())
+    assert len(seen) == len(layouts)
+
+
 def test_choices_of_classes_keep_what_was_found_apart(
     load: Load, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
