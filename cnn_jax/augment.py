@@ -17,8 +17,9 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 RATIOS = (3 / 4, 4 / 3)
 """Width by height of random rectangles (Szegedy et al., 2015)."""
-_CROP, _COLOR, _RANDAUGMENT, _ERASE, _MIX = range(5)
-"""What a change's key is folded with; flip, translate and cutout split theirs instead."""
+_CROP, _COLOR, _RANDAUGMENT, _ERASE, _MIX = range(3, 8)
+"""What a change's key is folded with. JAX's split(key, 3), from which flip, translate and cutout
+have theirs, returns what folding with 0, 1 and 2 does."""
 
 
 def training_view(

@@ -160,6 +160,44 @@ def test_training_view_keeps_the_bits_of_the_changes_that_came_first():
     np.testing.assert_array_equal(found, expected)
 
 
+def test_training_view_gives_each_change_a_key_of_its_own():
+    """The numbers are part of what reproduces a run."""
+    pictures, data = photos(8), replace(SCALED, crop=0.8)
+    jitter = (0.4, 0.3, 0.2, 0.1)
+    config = AugmentConfig(
+        random_crop=0.5, color=jitter, randaugment=(1, 5.0), erase=0.5, flip="random", cutout=3
+    )
+
+    @jax.jit
+    def composed(images: jax.Array) -> jax.Array:
+        crop, color, operation, erase, _ = (jax.random.fold_in(KEY, i) for i in range(3, 8))
+        seen = augment.random_resized_crop(images, crop, (16, 16), 0.5) / 255
+        seen = distort.randaugment(distort.color_jitter(seen, color, jitter), operation, 1, 5.0)
+        seen = augment.random_erase(seen, erase, 0.5)
+        mean, std = (jnp.array(x).reshape(1, 1, 1, 3) for x in SCALED.normalize)
+        return augment.augment((seen - mean) / std, KEY, config)
+
+    np.testing.assert_allclose(
+        training_view(pictures, KEY, data, config), composed(pictures), atol=1e-5
+    )
+
+
+def test_no_two_changes_share_a_key():
+    """JAX's split and fold_in may return the same keys."""
+    folded = [jax.random.fold_in(KEY, i) for i in range(3, 8)]
+    keys = [*folded, *jax.random.split(KEY, 3)]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 8
+
+
+def test_mixing_has_a_key_of_its_own():
+    images, labels = solid(4)
+    mixed, _ = mix(images, labels, KEY, 4, 1.0, 0.0)
+    _, own, *_ = jax.random.split(jax.random.fold_in(KEY, 7), 4)
+    share = jax.random.beta(own, 1.0, 1.0, (4, 1, 1, 1))
+    expected = share * images + (1 - share) * jnp.roll(images, 1, axis=0)
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+
+
 def test_training_view_adds_a_change_without_another_draw_of_the_others():
     pictures = photos(64)
     config = AugmentConfig(flip="random")
