@@ -21,7 +21,7 @@ Around it:
                     outputs of named modules, summaries, what is frozen
     layers.py       convolution, dense and pooling layers; kernels/ computes them, fast on a CPU
     mesh.py         one mesh of all devices; backend.py: what JAX reads once
-    memory.py       what is free
+    memory.py       what is free; capacity.py: what training needs
     data/           load() in __init__.py: digits, tfds, photos, official archives; split, and held
                     in memory or streamed
     runs/           a run's folder: lock and config, checkpoints, log, summary, signals;

@@ -119,6 +119,13 @@ def guarded(main: Callable[..., None], *args: Any) -> None:
     except BrokenPipeError:  # The reader of a pipe, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(
+            f"out of memory: {one_line(error)[:200]}; lower data.image_size, train.batch_size or "
+            "the network's width, set train.accumulate, or set runtime.storage=stream"
+        )
     except OSError as error:  # A disk that is full or gone, if no message is more specific.
         _fail(one_line(error))
     except Stopped as stopped:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from cnn_jax import kernels, losses, mesh, metrics, optim, pretrained, trees
+from cnn_jax import capacity, kernels, losses, mesh, metrics, optim, pretrained, trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset, Split
 from cnn_jax.data.dataset import Images
@@ -199,6 +199,7 @@ def _check(config: Config, dataset: ImageDataset, setup: Setup) -> None:
         optim.check_groups("optim.weight_decay", config.optim.weight_decay, names)
     optim.check_groups("optim.groups", setup.groups, names)
     mesh.check_batch_size(setup.config.train.batch_size)
+    capacity.check(setup, dataset)
 
 
 def _resume(
@@ -300,6 +301,7 @@ def compile_segment(
     inputs = mesh.replicate((labels, key))
     zero = mesh.replicate(np.int32(0))
     compiled = train_segment.lower(setup, state, images_of(0), *inputs, zero).compile()
+    capacity.check_program(compiled, dataset)
     cores.trim_heap()
 
     def run(state: TrainState, n_steps: int) -> tuple[TrainState, History]:
