@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -304,3 +305,24 @@ def test_adaptive_averages_are_those_of_the_windows_that_cover_an_image():
         window = x[:, slice(*row), slice(*column)]
         np.testing.assert_allclose(found[:, i, j], window.mean((1, 2)), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(layers.adaptive_average_pool(x[:, :, :5], 5), x[:, :, :5])
+
+
+@pytest.mark.parametrize("kind", [layers.Conv, layers.DepthwiseConv, layers.Dense])
+def test_parameters_that_exist_are_not_drawn_again(kind: type):
+    """Tracing random numbers, only to compare shapes, would take a quarter of a start."""
+    drawn = []
+
+    def drawing(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        drawn.append(shape)
+        return jnp.ones(shape, dtype)
+
+    features = () if kind is layers.DepthwiseConv else (3,)
+    layer = kind(*features, use_bias=True, kernel_init=drawing, bias_init=drawing)
+    x = jnp.ones((1, 8, 8, 4))
+    variables = layer.init(jax.random.key(0), x)
+    assert len(drawn) == 2
+    layer.apply(variables, x)
+    assert len(drawn) == 2
+    kernel = jnp.ones((1, 1, 1, 1))
+    with pytest.raises(flax.errors.ScopeParamShapeError):  # as flax compares them
+        layer.apply({"params": {**variables["params"], "kernel": kernel}}, x)
