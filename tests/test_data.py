@@ -681,7 +681,7 @@ def test_folder_without_parts(load: Load, tmp_path: Path, warned: list[str]) -> 
     assert np.bincount(dataset.test.labels).tolist() == [1, 3]
     unknown = "ape/notes.txt: not an image of a known format"
     assert dataset.skipped == (unknown,)
-    assert warned == [f"folder {photos}: 1 files skipped, the first: {unknown}"]
+    assert warned == [f"folder {photos}: 1 file skipped, the first: {unknown}"]
     written = [noise(16, 16, 3, seed=seed_of("zebra") + i).tobytes() for i in range(10)]
     zebras = [*rows(dataset.train.take(dataset.train.labels == 1))]
     assert len(zebras) == 7

@@ -217,7 +217,7 @@ def test_linked_folders_and_files_are_named(refusal: Refusal, root: Path, tmp_pa
     write_photos(root, {"dog": 3})
     (root / "cat").symlink_to(tmp_path / "store" / "cat")
     assert refusal() == (
-        "PHOTOS needs two subfolders of images or more, one a class; 1 files skipped, the first: "
+        "PHOTOS needs two subfolders of images or more, one a class; 1 file skipped, the first: "
         "cat: a link to a folder is not followed"
     )
     (root / "cat").unlink()

@@ -124,7 +124,7 @@ def test_list_images(tmp_path: Path, warned: list[str]) -> None:
     assert photos.list_images(tmp_path / "photos") == found
     unknown = "notes.txt: not an image of a known format"
     assert warned == [
-        f"{tmp_path}/photos: 1 files skipped, the first: {unknown}",
+        f"{tmp_path}/photos: 1 file skipped, the first: {unknown}",
         f"{tmp_path}/photos: 2 files skipped, the first: a/link.png: not a file; {unknown}",
     ]
     with pytest.raises(UserError, match=r"none is neither a file nor a folder$"):

@@ -293,7 +293,7 @@ def test_a_broken_photo_ends_a_stream_or_is_counted(
         finally:
             reader.close()
     assert len(warned) == 2
-    assert ": 1 files skipped" in warned[0]  # The one that the first round broke.
+    assert ": 1 file skipped" in warned[0]  # The one that the first round broke.
     assert warned[1].endswith("; another photo of its class replaces it")
 
 

@@ -222,7 +222,8 @@ def skipped_line(skipped: Sequence[str], kinds: int = 4) -> str:
         printable(lines[0]) + (f" (and {len(lines) - 1} more like it)" if lines[1:] else "")
         for lines in [*first.values()][:kinds]
     ]
-    return f"{len(skipped)} files skipped, the first: {'; '.join(named)}"
+    files = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
+    return f"{files} skipped, the first: {'; '.join(named)}"
 
 
 def _why_not_read(entry: os.DirEntry[str], inside: Path) -> str:
