@@ -96,6 +96,20 @@ def test_without_splits_a_part_is_held_out(load: Load, store: Path) -> None:
     assert load("labels.csv", classes=("dog", "cat")).class_names == ("dog", "cat")
 
 
+def test_a_label_that_is_corrected_counts(load: Load, store: Path) -> None:
+    """Though no photo has changed, nor the order of all photos, and the decoded ones are cached."""
+    for first_dog in (6, 5):
+        numbers = [(folder, i) for folder in ("one", "two") for i in range(6)]
+        lines = [
+            f"{folder}/{i:03}.png,{'cat' if place < first_dog else 'dog'}"
+            for place, (folder, i) in enumerate(numbers)
+        ]
+        (store / "labels.csv").write_text("\n".join(["path,label", *lines]))
+        dataset = load("labels.csv")
+        labels = np.concatenate([split.labels for split in dataset.parts.values()])
+        assert np.bincount(labels).tolist() == [first_dog, 12 - first_dog]
+
+
 def test_broken_photos_of_a_csv_are_skipped(load: Load, store: Path, warned: list[str]) -> None:
     lines = ["path,label", *(f"{path},{label}" for path, label, _ in rows())]
     (store / "labels.csv").write_text("\n".join(lines))

@@ -107,6 +107,14 @@ def test_parts_without_classes_are_refused(refusal: Refusal, root: Path) -> None
     )
 
 
+def test_a_class_called_train_may_have_folders_of_its_own(load: Load, root: Path) -> None:
+    write_photos(root, {"train": 4, "bus": 4})
+    write_photos(root / "train", {"steam": 3, "old": 2})
+    dataset = load()
+    assert dataset.class_names == ("bus", "train")
+    assert sum(dataset.counts.values()) == 13
+
+
 def test_folders_beside_the_parts_are_named(load: Load, root: Path, warned: list[str]) -> None:
     write_photos(root / "train", {"cat": 4, "dog": 4})
     write_photos(root / "holdout", {"cat": 2, "dog": 2})
@@ -219,6 +227,9 @@ def test_linked_folders_and_files_are_named(refusal: Refusal, root: Path, tmp_pa
     assert refusal() == (
         "PHOTOS needs two subfolders of images or more, one a class; 1 file skipped, the first: "
         "cat: a link to a folder is not followed"
+    )
+    assert refusal(classes=("cat", "dog")) == (
+        "PHOTOS: class cat can't be read: cat: a link to a folder is not followed"
     )
     (root / "cat").unlink()
     (root / "cat").mkdir()

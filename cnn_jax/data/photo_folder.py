@@ -82,6 +82,8 @@ def list_folder(root: Path, chosen: Sequence[str] = ()) -> Listing:
     train = found["train"]
     for name in chosen:
         if name not in train:
+            if link := [line for line in skipped if normal(line).startswith(f"{name}: ")]:
+                raise UserError(f"{root}: class {name} can't be read: {link[0]}")
             known = [*map(normal, _names(folders["train"]))]
             hint = nearest(name, known) or f"; known: {', '.join(known)}"
             raise UserError(f"data.classes: there is no class {name}{hint}")
@@ -111,7 +113,7 @@ def _part_folders(
     spelled: dict[str, list[str]] = {}
     for name in tops:
         spelled.setdefault(part_of(name), []).append(name)
-    has_parts = any(_names(root / name) for name in spelled.get("train", ()))
+    has_parts = any(_holds_classes(root / name) for name in spelled.get("train", ()))
     if not has_parts or (chosen and set(chosen) <= set(map(normal, tops))):
         if not chosen:
             _refuse_unnamed_parts(root, tops, spelled)
@@ -134,6 +136,15 @@ def _part_folders(
     return folders
 
 
+def _holds_classes(folder: Path) -> bool:
+    """Returns whether a folder holds others and no photos, as a part of a data set does."""
+    inside = folder.resolve()
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not photos.is_hidden(entry.name)]
+    files = (entry for entry in visible if not entry.is_dir())
+    return bool(_names(folder)) and all(photos.why_not_read(file, inside) for file in files)
+
+
 def _refuse_unnamed_parts(
     root: Path, tops: Sequence[str], spelled: Mapping[str, Sequence[str]]
 ) -> None:
@@ -149,8 +160,9 @@ def _refuse_unnamed_parts(
             "or list the labels in a file: --data.dir=FILE.csv"
         )
     inside = {name: set(map(normal, _names(root / name))) for name in tops}
-    for i, a in enumerate(tops):
-        for b in tops[i + 1 :]:
+    several = [name for name in tops if len(inside[name]) > 1]
+    for i, a in enumerate(several):
+        for b in several[i + 1 :]:
             same = sorted(inside[a] & inside[b])
             if len(same) > 1:  # One could be a folder such as images/ in each class.
                 raise UserError(

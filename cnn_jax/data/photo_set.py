@@ -43,7 +43,7 @@ def source(config: DataConfig, cache_dir: Path) -> Source:
     return Source(
         name="folder",
         identity=f"{identity} {layout}",
-        fingerprint=digest(states, listing.class_names, listing.skipped),
+        fingerprint=digest(states, listing.parts, listing.skipped),
         description=listing.description,
         decode=lambda: _decode(listing, layout),
         list_photos=lambda: _list(listing, layout, config.skip_broken),

@@ -195,7 +195,7 @@ def image_files(folder: Path, root: Path) -> tuple[list[str], list[str]]:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
-            elif reason := _why_not_read(entry, inside):
+            elif reason := why_not_read(entry, inside):
                 skip(entry.path, reason)
             else:
                 files.append(entry.path[start:])
@@ -226,8 +226,13 @@ def skipped_line(skipped: Sequence[str], kinds: int = 4) -> str:
     return f"{files} skipped, the first: {'; '.join(named)}"
 
 
-def _why_not_read(entry: os.DirEntry[str], inside: Path) -> str:
-    """Returns why a directory's entry is no image file, or ""."""
+def why_not_read(entry: os.DirEntry[str], inside: Path) -> str:
+    """Returns why a folder's entry is no image file, or "" if it is one.
+
+    Args:
+        entry: the entry, which is not hidden.
+        inside: the folder that links must not leave, without links in its own path.
+    """
     try:
         if entry.is_symlink():
             if entry.is_dir():
