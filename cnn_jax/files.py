@@ -36,7 +36,7 @@ def write(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the disk is full, or the folder can't be written.
     """
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         if isinstance(content, str):
             temporary.write_text(content)

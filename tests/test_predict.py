@@ -201,3 +201,10 @@ def test_a_network_sees_the_centre_of_what_is_stored(tiny_predictor: Predictor):
     cropped = replace(tiny_predictor, config=edit(tiny_predictor.config, data={"crop": 0.5}))
     image = noise(16, 16, 3)
     np.testing.assert_array_equal(saliency.seen_part(cropped, image), image[4:12, 4:12])
+
+
+def test_writing_answers_touches_no_other_file(trained: Path):
+    (trained / "mine.tmp").write_text("mine")
+    finish(*RUN, "--output=mine.csv", "photos/a.png", cwd=trained)
+    assert (trained / "mine.tmp").read_text() == "mine"
+    assert not (trained / "mine.csv.tmp").exists()

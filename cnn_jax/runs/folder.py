@@ -14,7 +14,7 @@ from cnn_jax.runs.log import RunLog, read_metrics
 from cnn_jax.runs.stop import StopRequest, on_signals
 
 # What a start that failed or was killed at once may leave behind.
-_TRACES = (".lock", "config.tmp", "config.json")
+_TRACES = (".lock", "config.json.tmp", "config.json")
 
 
 class RunFolder:

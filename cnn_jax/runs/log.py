@@ -29,8 +29,9 @@ class RunLog:
 
     A line has `step`, `loss`, `accuracy` and `learning_rate`. The line of a segment's last step
     also has `grad_norm` and `images_per_second`, and the line of an epoch's last step `epoch`,
-    `train_loss`, `train_accuracy` and, with a validation split, `validation_loss` and
-    `validation_accuracy`. A skipped step has `skipped` and null in place of its metrics.
+    `train_loss`, `train_accuracy` and, with a validation split, `validation_loss`,
+    `validation_accuracy`, `validation_balanced_accuracy` and `validation_macro_f1`. A skipped step
+    has `skipped` and null in place of its metrics.
     """
 
     def __init__(self, workdir: Path, console: Console | None = None) -> None:
