@@ -16,6 +16,7 @@ from jax import lax
 from cnn_jax import kernels
 from cnn_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from cnn_jax.kernels import bits
+from cnn_jax.models.batch_norm import BatchNorm
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -424,6 +425,19 @@ def test_the_loops_with_relu_and_pool_move_the_bits_of_bfloat16_and_multiply_wha
         assert len(re.findall(r" dot\(", program(alone))) == n
 
 
+@pytest.mark.parametrize(("n_in", "n_out", "strides"), [(24, 96, (1, 1)), (96, 24, (2, 2))])
+def test_1x1_conv_of_bfloat16_rounds_its_results_alone(n_in: int, n_out: int, strides):
+    x, kernel = normal(0, 3, 9, 10, n_in), normal(1, 1, 1, n_in, n_out)
+    low = [array.astype(jnp.bfloat16) for array in (x, kernel)]
+    ours = value_and_gradients(lambda *args: fast_conv(*args, strides, "SAME"), *low)
+    exact = [array.astype(jnp.float32) for array in low]
+    y, backward = jax.vjp(lambda *args: plain_conv(*args, strides, "SAME"), *exact)
+    dy = normal(9, *y.shape).astype(jnp.bfloat16).astype(jnp.float32)
+    for actual, expected in zip(ours, (y, *backward(dy)), strict=True):
+        assert actual.dtype == jnp.bfloat16
+        assert_close(actual.astype(jnp.float32), expected, 2**-8)
+
+
 # Depthwise convolutions
 
 
@@ -465,6 +479,71 @@ def test_depthwise_convolutions_and_their_gradients_equal_those_of_lax(size, win
         assert actual.dtype == jnp.bfloat16
         assert_close(actual.astype(jnp.float32), expected, 2**-7)
     assert_laxs(ours, plain, x, kernel)
+
+
+# Batch normalization
+
+
+def value_and_all_gradients(norm: BatchNorm, variables, x: jax.Array, dy: jax.Array, train: bool):
+    """The norm's value, new statistics, and gradients, for a cotangent that differs everywhere."""
+
+    def apply(params, x):
+        return norm.apply({**variables, "params": params}, x, not train, mutable=["batch_stats"])
+
+    def run(params, x):
+        y, backward, statistics = jax.vjp(apply, params, x, has_aux=True)
+        return y, statistics, backward(dy.astype(y.dtype))
+
+    return jax.jit(run, compiler_options=_QUICK)(variables["params"], x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "gelu"])
+@pytest.mark.parametrize("shape", [(6, 9, 7, 20), (8, 5)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_batch_norm_and_its_gradients_equal_those_of_linen(dtype, shape, activation, train: bool):
+    norm = BatchNorm(momentum=0.75, activation=activation, dtype=dtype)
+    x, dy = 3 * normal(0, *shape) + 1, normal(1, *shape)
+    variables = norm.init(jax.random.key(0), x, False)
+    variables = jax.tree.map(lambda leaf: 2 + normal(2, *leaf.shape), variables)
+    variables["batch_stats"]["var"] = jnp.abs(variables["batch_stats"]["var"])
+    low, dy = (array.astype(dtype).astype(jnp.float32) for array in (x, dy))
+    ours = value_and_all_gradients(norm, variables, low.astype(dtype), dy, train)
+    exact = BatchNorm(momentum=0.75, activation=activation)
+    with kernels.use("xla"):
+        expected = value_and_all_gradients(exact, variables, low, dy, train)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2**-6
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for actual, plain in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert_close(actual.astype(jnp.float32), plain, tolerance)
+    assert ours[0].dtype == dtype
+    if train:
+        assert (ours[1]["batch_stats"]["mean"] != variables["batch_stats"]["mean"]).all()
+
+
+def test_batch_norm_without_scale_or_bias_has_no_such_parameters():
+    norm, x = BatchNorm(use_scale=False), normal(0, 8, 4, 4, 5)
+    variables = norm.init(jax.random.key(0), x, False)
+    assert list(variables["params"]) == ["bias"]
+    y, _ = norm.apply(variables, x, False, mutable=["batch_stats"])
+    np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(y.std((0, 1, 2)), 1, rtol=1e-4)
+
+
+@pytest.mark.xla
+def test_no_value_of_batch_norm_is_written_along_the_images():
+    norm, x = BatchNorm(activation="relu6"), normal(0, 16, 32, 32, 24)
+    variables = norm.init(jax.random.key(0), x, False)
+
+    def loss(params, x):
+        y, _ = norm.apply({**variables, "params": params}, x, False, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(y))
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    program = step.lower(variables["params"], x).compile().as_text()
+    assert not re.search(
+        r"= f32\[16,32,32,24\]\S* broadcast\([^)]*\), dimensions=\{3\}.*\n\}", program
+    )
 
 
 # Max pools

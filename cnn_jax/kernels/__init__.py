@@ -7,7 +7,7 @@ says what each kernel gains and what it can't do.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from cnn_jax import mesh
 from cnn_jax.kernels import conv as cpu_conv
 from cnn_jax.kernels import dense as cpu_dense
 from cnn_jax.kernels import depthwise as cpu_depthwise
+from cnn_jax.kernels import norm as cpu_norm
 from cnn_jax.kernels import pool as cpu_pool
 
 Padding = str | Sequence[tuple[int, int]]
@@ -76,8 +77,10 @@ def convolve(
         if relu and not pool:
             return cpu_conv.conv_relu(x, kernel, bias)
     pads = _to_pads(padding, x.shape, kernel.shape[:2], strides)
-    if on_cpu:
-        y: Array = cpu_conv.conv(x, kernel, strides, pads)
+    if on_cpu and kernel.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)):
+        y: Array = cpu_conv.conv_1x1(x[:, :: strides[0], :: strides[1]], kernel)
+    elif on_cpu:
+        y = cpu_conv.conv(x, kernel, strides, pads)
     else:
         y = lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=cpu_conv.NHWC)
     if bias is not None and on_cpu and x.dtype == jnp.bfloat16:
@@ -123,6 +126,45 @@ def max_pool(
     if active() == "xla":
         return nn.max_pool(x, window, strides, padding)  # pyright: ignore[reportArgumentType]
     return cpu_pool.max_pool(x, window, strides, _to_pads(padding, x.shape, window, strides))
+
+
+CLIPS = tuple(cpu_norm.LIMITS)
+"""The activations that `normalize` and `scale_and_shift` include; None stands for none."""
+
+
+def normalizes(dtype: Any) -> bool:
+    """Returns whether `normalize` and `scale_and_shift` serve this type here.
+
+    Where they do not, BatchNorm is linen's, made of XLA's operations.
+    """
+    return dtype in (jnp.float32, jnp.bfloat16) and active() == "cpu"
+
+
+def normalize(
+    x: Float[Array, "batch *size channels"],
+    scale: Float[Array, "channels"],
+    bias: Float[Array, "channels"],
+    epsilon: float,
+    activation: str | None,
+) -> tuple[
+    Float[Array, "batch *size channels"], Float[Array, "channels"], Float[Array, "channels"]
+]:
+    """Returns the batch normalization of training and an activation, and the means and variances.
+
+    The statistics are those of all axes but the last, in float32. They are for records: no gradient
+    is taken through what is done with them.
+    """
+    return cpu_norm.normalize(x, scale, bias, epsilon, activation)
+
+
+def scale_and_shift(
+    x: Float[Array, "batch *size channels"],
+    scale: Float[Array, "channels"],
+    bias: Float[Array, "channels"],
+    activation: str | None,
+) -> Float[Array, "batch *size channels"]:
+    """Returns activation(x * scale + bias), in the type of x: batch normalization in evaluation."""
+    return cpu_norm.scale_and_shift(x, scale, bias, activation)
 
 
 def matmul(

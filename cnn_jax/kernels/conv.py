@@ -7,9 +7,10 @@ computed for a few images at a time, so that intermediate arrays stay in the cac
 order:
 
 1. `conv`, a convolution with any window, strides and pads.
-2. `conv_relu`, 3x3 with ReLU, for the few channels of a first layer.
-3. `conv_relu_pool`, 3x3 with ReLU, a 2x2 max pool, or both, for more channels.
-4. Winograd's minimal filtering, with which 1 and 3 compute 3x3 convolutions of stride 1 and 16 or
+2. `conv_1x1`, a product of matrices.
+3. `conv_relu`, 3x3 with ReLU, for the few channels of a first layer.
+4. `conv_relu_pool`, 3x3 with ReLU, a 2x2 max pool, or both, for more channels.
+5. Winograd's minimal filtering, with which 1 and 4 compute 3x3 convolutions of stride 1 and 16 or
    more channels each way, and their gradients, with 2.25 times fewer multiplications.
 
 All of them share the loop over the batch in chunks.py.
@@ -18,7 +19,7 @@ Images are NHWC, kernels HWIO; both have the same type, float32 or bfloat16. Sum
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from jaxtyping import Array, Float
 from cnn_jax.kernels.bits import (
     from_bits,
     matmul,
+    matmul_transposed,
     round_to,
     to_bits,
     transpose,
@@ -47,6 +49,8 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 # A product with fewer rows than this is computed in float32, because that takes less time than to
 # transpose so few columns of bfloat16.
 _FEW_ROWS = 64
+# Channels in and out for which a 1x1 convolution works on as many pixels at a time as others do.
+_CHANNELS = 256
 # Zeros around an image with which a 3x3 convolution keeps its size.
 _SAME: Pads = ((1, 1), (1, 1))
 
@@ -143,7 +147,64 @@ def _contract_transposed(
     return matmul(a, b.reshape(-1, b.shape[-1])[: a.shape[1]])
 
 
-# 2. With ReLU, for few channels
+# 2. 1x1 convolutions
+
+
+@jax.custom_vjp
+def conv_1x1(
+    x: Float[Array, "batch height width in"], kernel: Float[Array, "1 1 in out"]
+) -> Float[Array, "batch height width out"]:
+    """Returns the convolution of images with a 1x1 kernel of stride 1: a product of matrices.
+
+    Products of float32 are computed at once. Those of bfloat16 are fast where the result is
+    float32, so some rows of pixels at a time are multiplied and rounded in the cache.
+    """
+    weights = kernel[0, 0]
+    if x.dtype == jnp.float32:
+        return matmul(x, weights)
+
+    def multiply(x: Array, weights: Array) -> tuple[Array, None]:
+        return round_to(matmul(x, weights), x.dtype), None
+
+    return _over_rows(multiply, (x,), weights)[0]
+
+
+def _conv_1x1_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return conv_1x1(x, kernel), (x, kernel)
+
+
+def _conv_1x1_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+
+    def multiply(x: Array, dy: Array, weights: Array) -> tuple[Array, Array]:
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = round_to(matmul_transposed(flat, weights), x.dtype).reshape(x.shape)
+        if x.dtype == jnp.bfloat16 and x.shape[-1] > dy.shape[-1]:  # Transposes fewer numbers.
+            return dx, lax.optimization_barrier(_contract_pixels(dy, x)).T
+        return dx, _contract_pixels(x, dy)
+
+    if x.dtype == jnp.float32:
+        dx, dkernel = multiply(x, dy, kernel[0, 0])
+    else:
+        dx, dkernel = _over_rows(multiply, (x, dy), kernel[0, 0])
+    return dx, round_to(dkernel.reshape(kernel.shape), kernel.dtype)
+
+
+conv_1x1.defvjp(_conv_1x1_forward, _conv_1x1_backward)
+
+
+def _over_rows(
+    function: Callable[..., tuple[Any, Any]], batches: Sequence[Array], weights: Array
+) -> tuple[Any, Any]:
+    """Returns function(*batches, weights), computed for some rows of pixels at a time."""
+    n, height, width, _ = batches[0].shape
+    rows = [array.reshape(n * height, width, array.shape[-1]) for array in batches]
+    n_pixels = max(1, width * sum(weights.shape) // _CHANNELS)
+    joined, total = chunked(function, rows, weights, n_pixels=n_pixels)
+    return joined.reshape(n, height, width, joined.shape[-1]), total
+
+
+# 3. With ReLU, for few channels
 
 
 @jax.custom_vjp
@@ -222,7 +283,7 @@ def _split_gradients(
     return dkernel, None if bias is None else round_to(total[-1], bias.dtype)
 
 
-# 3. With ReLU and a max pool
+# 4. With ReLU and a max pool
 
 # The place of a window's maximum if ReLU stops the gradient, because the maximum is not above 0.
 _STOPPED = 4
@@ -301,7 +362,7 @@ def _conv_relu_pool_backward(
 conv_relu_pool.defvjp(_conv_relu_pool_forward, _conv_relu_pool_backward)
 
 
-# 4. Winograd's minimal filtering
+# 5. Winograd's minimal filtering
 #
 # F(2x2, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), makes a
 # 2x2 tile of the output from a 4x4 tile of the input; neighbouring input tiles overlap by two
