@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.cli import ONE_DEVICE, refuse, start
+from helpers.cli import ONE_DEVICE, on_devices, refuse, start
 from helpers.data import noise, write_photos
 from helpers.results import lines, losses, result, summary
 from helpers.training import HEAD, edit, fit, fit_until, quiet, train_run
 from PIL import Image
 from test_multiprocess import launch, wait
 
-from cnn_jax import data, memory, trees
+from cnn_jax import data, memory, mesh, trees
 from cnn_jax import fit as fitting
 from cnn_jax.config import (
     AugmentConfig,
@@ -36,6 +36,7 @@ from cnn_jax.config import (
 from cnn_jax.data import ImageDataset, dataset, stream
 from cnn_jax.data.dataset import LazyImages
 from cnn_jax.errors import UserError
+from cnn_jax.runs import processes
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.step import Setup
 from cnn_jax.tools import find_rate
@@ -516,10 +517,10 @@ def test_two_processes_read_disjoint_shards(load: Load, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     alone = start(*TWO_PROCESSES, "--runtime.storage=memory", cwd=tmp_path / "one", **ONE_DEVICE)
     assert alone.end() == 0, alone.stderr
-    processes = launch(
+    two = launch(
         tmp_path, *TWO_PROCESSES, "--runtime.storage=stream", "--hooks=../spy.py:note_read"
     )
-    for code, _, errors in wait(processes):
+    for code, _, errors in wait(two):
         assert code == 0, errors
     np.testing.assert_allclose(losses(tmp_path / "0/run"), losses(tmp_path / "one/run"), rtol=2e-5)
     found, expected = summary(tmp_path / "0/run"), summary(tmp_path / "one/run")
@@ -530,6 +531,34 @@ def test_two_processes_read_disjoint_shards(load: Load, tmp_path: Path) -> None:
     read = [(tmp_path / str(i) / "read.txt").read_text().splitlines() for i in range(2)]
     assert sum(file in files for file in read[1]) == 3 * 24 // 2
     assert files < {*read[0], *read[1]}
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_processes_store_their_images_alike(monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
+    monkeypatch.setattr(processes, "broadcast_json", lambda value: ["f00d", True])
+    if streams:
+        processes.check_same_data("f00d", True)
+        with pytest.raises(UserError, match=r"^process 0 has other images than process 0$"):
+            processes.check_same_data("beef", True)
+    else:
+        with pytest.raises(UserError, match=r"only one of them streams .* runtime.storage=stream$"):
+            processes.check_same_data("f00d", False)
+
+
+def print_whether_memory_is_shared() -> None:
+    array = memory.empty_images(10, 32, 32, 3)
+    array[:] = noise(*array.shape)
+    whole = mesh.lend(array)
+    for shard in whole.addressable_shards:
+        print(shard.data.unsafe_buffer_pointer() == array.ctypes.data, shard.data.shape[0])
+    batches = array.reshape(2, 5 * 2, 16, 32, 3)
+    np.testing.assert_array_equal(np.asarray(mesh.divide(batches, axis=1)), batches)
+    print(mesh.own_places(10) == tuple(range(10)))
+
+
+def test_the_devices_of_a_cpu_share_the_host_s_images() -> None:
+    assert on_devices(print_whether_memory_is_shared, n=2) == ["True 10", "True 10", "True"]
+    assert on_devices(print_whether_memory_is_shared, n=1) == ["True 10", "True"]
 
 
 SPY = """

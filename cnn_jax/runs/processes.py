@@ -130,14 +130,20 @@ class _NoLog(RunLog):
         """Has nothing to write."""
 
 
-def check_same_data(sha256: str) -> None:
-    """Refuses to train where a process has read other images than the main one.
+def check_same_data(sha256: str, is_streamed: bool) -> None:
+    """Refuses to train where a process has other images than the main one, or stores them else.
 
     Raises:
         UserError: this process has.
     """
-    if broadcast_json(sha256) != sha256:
+    main_sha256, main_streams = broadcast_json([sha256, is_streamed])
+    if main_sha256 != sha256:
         raise UserError(f"process {jax.process_index()} has other images than process 0")
+    if main_streams != is_streamed:
+        raise UserError(
+            f"process {jax.process_index()} and process 0 have different amounts of free memory, "
+            "and only one of them streams its images; set runtime.storage=stream"
+        )
 
 
 def run_on_main(function: Callable[[], Any]) -> Any:

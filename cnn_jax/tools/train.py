@@ -54,7 +54,7 @@ def run(request: Request) -> None:
         else:
             dataset = load_dataset(config, console)
             if shared:
-                processes.check_same_data(dataset.sha256)
+                processes.check_same_data(dataset.sha256, dataset.is_streamed)
             summaries = []
             for one, part in _each_seed(config, folder, make_folder):
                 with _errors_named(config, one):
@@ -242,7 +242,7 @@ def _join(config: Config, folder: RunFolder, summaries: list[dict[str, Any]]) ->
 
 def _check_photos(config: Config, workdir: Path, found: dict[str, Any]) -> None:
     """Refuses to report a finished run for photos that were added, removed or changed since."""
-    if config.data.name != "folder" or not Path(config.data.dir).expanduser().is_dir():
+    if config.data.name != "folder" or not Path(config.data.dir).expanduser().exists():
         return
     trained_on = found.get("runs", [found])[0]["data"]["sha256"]
     runtime = config.runtime
