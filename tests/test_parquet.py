@@ -144,6 +144,20 @@ def test_images_are_unpacked_once(
     assert len([name for name in names if name.startswith("parquet-")]) == 1
 
 
+def test_two_processes_may_unpack_at_once(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has finished when this one is about to put its folder in place."""
+    write(tmp_path / "set" / "train.parquet", range(20))
+    expected = load().sha256
+    unpacked, asked = parquet._unpacked, []
+    monkeypatch.setattr(
+        parquet, "_unpacked", lambda *args: unpacked(*args) if asked else asked.append(1)
+    )
+    monkeypatch.setattr(parquet.shutil, "rmtree", lambda *args, **kwargs: None)
+    assert load().sha256 == expected
+
+
 def test_refusals(refusal: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "set" / "part-0.parquet"
     write(path, range(4))

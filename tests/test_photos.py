@@ -329,6 +329,21 @@ def test_read_images_gives_the_reasons_of_broken_ones(tmp_path: Path) -> None:
     assert reasons[4].startswith("JPEG XL can't be read; convert it to JPEG or PNG")
 
 
+def test_photos_that_must_be_converted_are_listed(tmp_path: Path, warned: list[str]) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a: b.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    saved(tmp_path, soft(9, 9), "b.png")
+    (tmp_path / "c.txt").write_text("words")
+    found = photos.list_images(tmp_path)
+    assert found == [tmp_path / "b.png", tmp_path / "deep" / "a: b.heic"]
+    assert warned == [
+        f"{tmp_path}: 1 file skipped, the first: c.txt: not an image of a known format"
+    ]
+    reasons = photos.read_images(found, photos.Layout(8))[1]
+    assert reasons[0] == ""
+    assert reasons[1].startswith("HEIC (an iPhone's format) can't be read; convert it to JPEG")
+
+
 def test_photos_with_further_pictures_inside(tmp_path: Path) -> None:
     """As phones save them, with a depth map for example; also with a faulty list of them."""
     first, other = soft(40, 30), soft(10, 10)

@@ -127,7 +127,11 @@ def _unpack(
         content = {"fingerprint": fingerprint, "rows": rows}
         (unfinished / _CONTENT).write_text(json.dumps(content))
         shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
+        try:
+            unfinished.rename(target)
+        except OSError:
+            if _unpacked(target, fingerprint) is None:  # Not by another process meanwhile.
+                raise
     return content
 
 

@@ -144,7 +144,8 @@ def read_images(
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
     """Returns `path` itself if it is a file, else every image file below the folder, sorted.
 
-    What lies in the folder and is no image that can be read is counted in a warning.
+    Those of formats that can't be read are among them: reading them gives the reason. Whatever else
+    lies in the folder is counted in a warning.
 
     Raises:
         UserError: there is no such file or folder, or the folder contains no image file.
@@ -155,12 +156,14 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder")
     files, skipped = image_files(path, path)
+    reasons = tuple(f": {reason}" for reason in _UNREADABLE.values())
+    photos = [line for line in skipped if line.endswith(reasons)]
+    if others := [line for line in skipped if line not in photos]:
+        logging.warning("%s: %s", path, skipped_line(others))
+    files += [line.removesuffix(next(filter(line.endswith, reasons))) for line in photos]
     if not files:
-        first = f"; {printable(skipped[0])}" if skipped else ""
-        raise UserError(f"{path} holds no image files such as .jpg or .png{first}")
-    if skipped:
-        logging.warning("%s: %s", path, skipped_line(skipped))
-    return [path / file for file in files]
+        raise UserError(f"{path} holds no image files such as .jpg or .png")
+    return [path / file for file in sorted(files)]
 
 
 def image_files(folder: Path, root: Path) -> tuple[list[str], list[str]]:
