@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from cnn_jax.errors import UserError
+
 Interval = tuple[float, float]
 """Lower and upper bound of a 95% confidence interval."""
 
@@ -65,6 +67,19 @@ def score(
     each = np.asarray(loss(jnp.asarray(logits), jnp.asarray(labels)), np.float64)
     accuracy = float(np.mean(predicted == labels))
     return Evaluation(float(each.mean()), accuracy, confusion, logits, labels)
+
+
+def check_finite(logits: Float[np.ndarray, "n classes"]) -> None:
+    """Refuses logits that are not finite, whose largest one would be the first class.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if not np.isfinite(logits).all():
+        raise UserError(
+            "the network's outputs are not finite; train it with a lower optim.learning_rate, or "
+            "with optim.clip_norm"
+        )
 
 
 def _totals(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

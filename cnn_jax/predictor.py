@@ -58,8 +58,14 @@ class Predictor:
     def probabilities(
         self, images: Images, test_time: str | None = None
     ) -> Float[np.ndarray, "n classes"]:
-        """Returns the softmax of the logits at the network's temperature, in float64."""
-        return metrics.softmax(self.logits(images, test_time), self.temperature)
+        """Returns the softmax of the logits at the network's temperature, in float64.
+
+        Raises:
+            UserError: a logit is not finite, so that no class is the most likely one.
+        """
+        logits = self.logits(images, test_time)
+        metrics.check_finite(logits)
+        return metrics.softmax(logits, self.temperature)
 
     def activations(self, images: Images, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Returns what the named modules return for the images themselves: arrays [n, ...].

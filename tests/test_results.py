@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 from helpers.cli import SMALL, finish, refuse
+from helpers.data import noise
 from helpers.training import edit, no_dropout, quiet, train_run
+from PIL import Image
 from rich.console import Console
 
 from cnn_jax import fit as fitting
@@ -147,3 +149,17 @@ def test_the_result_of_an_older_version_is_one_line(
     several = printed({"runs": [found, found], "test_accuracy_mean": 0.5, "test_accuracy_std": 0.1})
     assert all(line.startswith("seed 0: ") for line in several[:-1])
     assert several[-1] == "2 seeds: test accuracy 50.00%, standard deviation 10.00%"
+
+
+def test_a_network_that_is_not_finite_answers_nothing(tmp_path: Path):
+    """As a run that an older version reported on may be: its class would be the first one."""
+    small = (*SMALL, "--train.epochs=1")
+    finish(*small, "--workdir=run", cwd=tmp_path)
+    refuse(*SMALL, *DIVERGING[:2], "--train.epochs=1", "--workdir=bad", cwd=tmp_path)
+    Image.fromarray(noise(9, 9, 3)).save(tmp_path / "a.png")
+    for mode, paths in (("evaluate", ()), ("predict", ("a.png",))):
+        finish(f"--mode={mode}", "--workdir=run", *paths, cwd=tmp_path)
+        line = refuse(f"--mode={mode}", "--workdir=bad", *paths, cwd=tmp_path)
+        assert line.startswith(
+            "the network's outputs are not finite; train it with a lower optim.l"
+        )

@@ -43,10 +43,12 @@ def run(request: Request) -> None:
         check_config(request.workdir, request.config)
         predictor = load_predictor(request.workdir, request.config, request.checkpoint)
         test, files = score_all(predictor, request.config, console)
+        metrics.check_finite(test.logits)
         print_evaluation(console, predictor, test, files, "accuracy")
         return
     predictor, dataset = load_run(request, console)
     test = fit.evaluate(predictor, dataset.test)
+    metrics.check_finite(test.logits)
     print_evaluation(console, predictor, test, dataset.test.files)
     counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
     for line in metrics.class_warnings(dataset.class_names, counts, test.confusion):
