@@ -325,7 +325,8 @@ class TrainConfig(Section, prefix="train."):
     """Compute the outputs of the frozen layers once per image and keep them in memory. This does
     not change the result. Needs optim.groups and no augmentation."""
     ema_decay: float = 0.0
-    """Decay per step of a moving average of the variables, which is then evaluated. 0: none."""
+    """Decay per step of a moving average of the variables, which is then evaluated; less in the
+    first steps, so that a short run's average is not its start. 0: none."""
     lookahead_steps: int = 0
     """Steps after which training continues from a slow average of the variables, which is also
     what is evaluated (Zhang et al., 2019; Jordan, 2024). 0: never."""
