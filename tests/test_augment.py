@@ -198,6 +198,15 @@ def test_mixing_has_a_key_of_its_own():
     np.testing.assert_allclose(mixed, expected, atol=1e-6)
 
 
+@pytest.mark.xla
+def test_a_crop_is_computed_before_it_is_mirrored_and_not_inside():
+    config = AugmentConfig(random_crop=0.5, flip="random")
+    lowered = training_view.lower(photos(4), KEY, DataConfig(crop=0.8), config)
+    computations = lowered.compile().as_text().split("\n\n")
+    assert any("reverse(" in text for text in computations)
+    assert not any("reverse(" in text and "u8[" in text for text in computations)
+
+
 def test_training_view_adds_a_change_without_another_draw_of_the_others():
     pictures = photos(64)
     config = AugmentConfig(flip="random")
