@@ -313,8 +313,8 @@ def test_onnx_without_its_packages_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_onnx_fuses_what_surrounds_a_convolution(tmp_path: Path):
     """Batch normalisation and ReLU6 are no operations of their own; other uses stay right."""
-    kernel = jnp.linspace(-1, 1, 3 * 3 * 3 * 4).reshape(3, 3, 3, 4)
-    each = jnp.arange(1.0, 5.0).reshape(1, 1, 1, 4)
+    kernel = jnp.linspace(-1, 1, 3 * 3 * 3 * 8).reshape(3, 3, 3, 8)
+    each = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
 
     def convolve(x: jax.Array) -> jax.Array:
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -327,7 +327,7 @@ def test_onnx_fuses_what_surrounds_a_convolution(tmp_path: Path):
 
     def branching(images: jax.Array) -> jax.Array:
         y = convolve(images.astype(jnp.float32) / 255)
-        rows = jnp.arange(1.0, 9.0).reshape(1, 8, 1, 1)  # no number for each channel
+        rows = each.reshape(1, 8, 1, 1)  # as many numbers, but not one for each channel
         y = jnp.concatenate([y, y * each, y + rows, 1 - y, jnp.minimum(nn.relu(y), each)], -1)
         return jnp.concatenate([y, nn.relu(y)], -1).reshape(images.shape[0], -1)
 
