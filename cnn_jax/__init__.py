@@ -27,7 +27,7 @@ Around it:
     runs/           a run's folder: lock and config, checkpoints, log, summary, signals;
                     processes.py: runs of several processes
     pretrained.py   networks that start from trained parameters
-    tools/          one file a --mode
+    tools/          one file a --mode; onnx_writer.py: traced functions as ONNX files
     metrics.py, classifiers.py, saliency.py, drawing.py    what the tools compute and draw
     command.py, fields.py, values.py, upgrade.py, user_code.py    from text to a config
     trees.py, files.py, errors.py          parameters by name, atomic files, errors in one line
