@@ -68,7 +68,7 @@ def log_metrics(metrics, step):
 # What the commands of a section leave behind, and a part of it.
 WRITTEN = {
     "A config": {"runs/narrow/config.json": '"adam"'},
-    "A model": {"runs/my_net/features/block2-logistic.json": '"test_accuracy"'},
+    "A model": {"runs/my_net/features/block2-logistic/classifier.json": '"test_accuracy"'},
     "A data source": {"runs/stripes/report.html": "vertical"},
     "A hook": {
         "wandb.json": '"model.blocks"',
