@@ -95,7 +95,7 @@ def _decode(source: Source, cache_dir: Path, storage: str) -> Decoded:
 def describe(config: DataConfig, cache_dir: str = "") -> tuple[tuple[int, int, int], int]:
     """Returns the shape of an image and the number of classes.
 
-    Well-known tfds sets are not read for this; every other source is loaded.
+    Well-known tfds sets are not read for this, and photos are not decoded.
 
     Raises:
         UserError: the images are missing, unreadable or do not fit `config`.
@@ -103,7 +103,7 @@ def describe(config: DataConfig, cache_dir: str = "") -> tuple[tuple[int, int, i
     if config.name in tfds.SHAPES:
         side, n_classes = tfds.SHAPES[config.name]
         return (side, side, 3), len(config.classes) or n_classes
-    dataset = load(config, cache_dir)
+    dataset = load(config, cache_dir, "stream")
     return dataset.image_shape, len(dataset.class_names)
 
 

@@ -28,10 +28,10 @@ class RunLog:
     """Writes one line per step to metrics.jsonl and to TensorBoard, and shows the run's progress.
 
     A line has `step`, `loss`, `accuracy` and `learning_rate`. The line of a segment's last step
-    also has `grad_norm` and `images_per_second`, and the line of an epoch's last step `epoch`,
-    `train_loss`, `train_accuracy` and, with a validation split, `validation_loss`,
-    `validation_accuracy`, `validation_balanced_accuracy` and `validation_macro_f1`. A skipped step
-    has `skipped` and null in place of its metrics.
+    also has `grad_norm`, `images_per_second` and, of streamed images, `wait_share`; the line of an
+    epoch's last step has `epoch`, `train_loss`, `train_accuracy` and, with a validation split,
+    `validation_loss`, `validation_accuracy`, `validation_balanced_accuracy` and
+    `validation_macro_f1`. A skipped step has `skipped` and null in place of its metrics.
     """
 
     def __init__(self, workdir: Path, console: Console | None = None) -> None:

@@ -245,8 +245,8 @@ def _check_photos(config: Config, workdir: Path, found: dict[str, Any]) -> None:
     if config.data.name != "folder" or not Path(config.data.dir).expanduser().exists():
         return
     trained_on = found.get("runs", [found])[0]["data"]["sha256"]
-    runtime = config.runtime
-    if data.load(config.data, runtime.cache_dir, runtime.storage).sha256 != trained_on:
+    # Streamed, as their hash needs no decoded photo.
+    if data.load(config.data, config.runtime.cache_dir, "stream").sha256 != trained_on:
         raise UserError(
             f"{workdir} is finished, and the photos in {config.data.dir} have changed since; "
             "choose another --workdir to train on them"
