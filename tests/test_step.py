@@ -125,7 +125,8 @@ def test_ema_is_the_running_average_of_the_parameters(tiny: Config, dataset: Ima
     kernels = [np.asarray(run(tiny, dataset, n)[0].params["head"]["kernel"]) for n in (1, 2)]
     start = np.asarray(initial(tiny, dataset).params["head"]["kernel"])
     state, _ = run(edit(tiny, train={"ema_decay": 0.75}), dataset, 2)
-    expected = 0.75 * (0.75 * start + 0.25 * kernels[0]) + 0.25 * kernels[1]
+    first = 2 / 11 * start + 9 / 11 * kernels[0]  # It begins with (1 + t) / (10 + t).
+    expected = 0.25 * first + 0.75 * kernels[1]
     found = state.average["params"]["head"]["kernel"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(state.params["head"]["kernel"], kernels[1])

@@ -148,11 +148,11 @@ def classify(
 
 def _list(path: str) -> list[Answer]:
     """Returns the files that a path names, without classes yet."""
+    expanded = Path(path).expanduser()
     try:
-        return [Answer(str(file)) for file in photos.list_images(Path(path).expanduser())]
+        return [Answer(str(file)) for file in photos.list_images(expanded)]
     except (UserError, OSError) as error:
-        reason = one_line(error).removeprefix(f"{path} ")
-        return [Answer(path, error=reason)]
+        return [Answer(path, error=str(error).removeprefix(f"{expanded} "))]
 
 
 def _answers(
