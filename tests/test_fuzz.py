@@ -114,8 +114,8 @@ def is_config(found: Any) -> bool:
 
 
 def is_network(found: Any) -> bool:
-    network, params = found
-    return isinstance(network, ModelConfig) and set(params) == {
+    network, variables = found
+    return isinstance(network, ModelConfig) and set(variables["params"]) == {
         *(f"block{i}" for i in range(1, 6)),
         *("fc1", "fc2", "head"),
     }
