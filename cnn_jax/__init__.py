@@ -7,7 +7,7 @@ THE CORE, in reading order. From `main` to the update of the parameters are five
     configs.py      what is trained: the named configs
     config.py       the fields of a config, each with its documentation
     models/         the networks: build() in __init__.py, chapter.py, resnet.py
-    augment.py      changes made to training images; distort.py: those of colour and shape
+    augment.py      changes made to training images; distort.py: those of photos
     losses.py       the losses
     optim.py        optimizers, schedules, and freezing by pattern
     order.py        the order of the examples

@@ -1,14 +1,20 @@
-"""Changes of colour and shape that leave what a photo shows: colour jitter and RandAugment.
+"""Changes of place, colour and shape that leave what a photo shows: crops, jitter, RandAugment.
 
 All work on whole batches without a branch for each image: an operation that an image did not draw
-is computed with numbers that change nothing. Images are RGB in [0, 1] throughout.
+is computed with numbers that change nothing.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Real
 
 Images = Float[Array, "batch height width 3"]
+"""RGB in [0, 1]."""
+
+RATIOS = (3 / 4, 4 / 3)
+"""Width by height of random rectangles (Szegedy et al., 2015)."""
 
 OPERATIONS = (
     "identity",
@@ -31,6 +37,77 @@ OPERATIONS = (
 _DEGREES, _SHEAR, _TRANSLATION, _FACTOR, _LOST_BITS = 30.0, 0.3, 0.45, 0.9, 4
 _GRAY = 0.5
 """What is seen beyond the border of an image."""
+
+
+def random_resized_crop(
+    images: Real[Array, "batch height width channels"],
+    key: Key[Array, ""],
+    size: tuple[int, int],
+    smallest_area: float,
+    ratios: tuple[float, float] = RATIOS,
+) -> Float[Array, "batch new_height new_width channels"]:
+    """Scales a random rectangle of each image to `size` (height, width), bilinearly, antialiased.
+
+    The rectangle's share of the area is uniform in [smallest_area, 1]. Its width by height, in
+    units of the image's own, is uniform on a logarithmic scale between `ratios`, as far as such a
+    rectangle fits; its place is uniform among whole pixels. torchvision's RandomResizedCrop draws
+    area and ratio until a rectangle fits, which leaves the ratios of an area as they are here but
+    makes large areas rarer. Pixels keep their scale, [0, 255] or [0, 1].
+    """
+    n, height, width, _ = images.shape
+    area_key, ratio_key, place_key = jax.random.split(key, 3)
+    area = jax.random.uniform(area_key, (n,), minval=smallest_area, maxval=1)
+    # A side is sqrt(area * ratio) of the image's, at most 1; the other one sqrt(area / ratio).
+    fits = -jnp.log(area)
+    low, high = jnp.log(jnp.array(ratios))
+    low, high = jnp.maximum(low, -fits), jnp.minimum(high, fits)
+    ratio = jnp.exp(low + (high - low) * jax.random.uniform(ratio_key, (n,)))
+    free = jax.random.uniform(place_key, (2, n))
+
+    def taps(share: Array, place: Array, old: int, new: int) -> tuple[Array, Array]:
+        length = jnp.clip(jnp.round(old * jnp.sqrt(share)), 1, old)
+        return resize_taps(jnp.floor(place * (old - length + 1)), length, old, new)
+
+    wide = _resize(images, taps(area * ratio, free[1], width, size[1]), axis=2)
+    return _resize(wide, taps(area / ratio, free[0], height, size[0]), axis=1)
+
+
+def _resize(images: Array, taps: tuple[Array, Array], axis: int) -> Array:
+    """Returns images whose rows (axis 1) or columns (axis 2) are the means that `taps` names."""
+    shape = (len(images), -1, 1, 1) if axis == 1 else (len(images), 1, -1, 1)
+
+    def take(image: Array, places: Array) -> Array:
+        index = places if axis == 1 else (slice(None), places)
+        # Without this, checks that indices are in bounds take longer than all else.
+        return image.at[index].get(mode="promise_in_bounds")
+
+    terms = [
+        jax.vmap(take)(images, places).astype(jnp.float32) * weights.reshape(shape)
+        for places, weights in zip(*taps, strict=True)
+    ]
+    return functools.reduce(jnp.add, terms)
+
+
+def resize_taps(
+    start: Float[Array, "batch"], length: Float[Array, "batch"], old: int, new: int
+) -> tuple[Int[Array, "taps batch {new}"], Float[Array, "taps batch {new}"]]:
+    """Returns which of `old` pixels each of `new` ones is the mean of, and with which weights.
+
+    They scale the pixels [start, start + length) of a line as PIL's bilinear filter does: with a
+    triangle around each new pixel's centre, one old pixel wide to both sides or, where the line
+    shrinks, as wide as a new pixel, cut at the ends. The sum over these few taps is 15 times as
+    fast on a CPU as a product with the matrix of all weights.
+    """
+    start, length = start.reshape(1, -1, 1), length.reshape(1, -1, 1)
+    scale = length / new
+    reach = jnp.maximum(scale, 1)
+    centre = start + (jnp.arange(new).reshape(1, 1, -1) + 0.5) * scale
+    n_taps = int(2 * max(old / new, 1)) + 1
+    pixel = jnp.ceil(centre - reach - 0.5) + jnp.arange(n_taps).reshape(-1, 1, 1)
+    weights = jnp.maximum(1 - jnp.abs(pixel + 0.5 - centre) / reach, 0)
+    weights = jnp.where((pixel >= start) & (pixel < start + length), weights, 0)
+    weights = weights / jnp.sum(weights, axis=0, keepdims=True)
+    return jnp.clip(pixel.astype(jnp.int32), 0, old - 1), weights
 
 
 def color_jitter(

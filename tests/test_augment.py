@@ -140,7 +140,7 @@ SCALED = DataConfig(normalize=((0.5, 0.4, 0.3), (0.2, 0.25, 0.5)))
 
 # Compiled as training compiles them, which is also faster than one operation at a time.
 training_view = jax.jit(augment.training_view, static_argnums=(2, 3))
-random_resized_crop = jax.jit(augment.random_resized_crop, static_argnums=(2, 3))
+random_resized_crop = jax.jit(distort.random_resized_crop, static_argnums=(2, 3))
 random_erase = jax.jit(augment.random_erase, static_argnums=2)
 color_jitter = jax.jit(distort.color_jitter, static_argnums=2)
 mix = jax.jit(augment.mix, static_argnums=(3, 4, 5))
@@ -171,7 +171,7 @@ def test_training_view_gives_each_change_a_key_of_its_own():
     @jax.jit
     def composed(images: jax.Array) -> jax.Array:
         crop, color, operation, erase, _ = (jax.random.fold_in(KEY, i) for i in range(3, 8))
-        seen = augment.random_resized_crop(images, crop, (16, 16), 0.5) / 255
+        seen = distort.random_resized_crop(images, crop, (16, 16), 0.5) / 255
         seen = distort.randaugment(distort.color_jitter(seen, color, jitter), operation, 1, 5.0)
         seen = augment.random_erase(seen, erase, 0.5)
         mean, std = (jnp.array(x).reshape(1, 1, 1, 3) for x in SCALED.normalize)
@@ -282,7 +282,7 @@ def test_resizing_is_that_of_pil(start: int, length: int, new: int):
     picture = np.asarray(photos(1))[0]
     box = Image.fromarray(picture[start : start + length, start : start + length])
     expected = np.asarray(box.resize((new, new), Image.Resampling.BILINEAR), float)
-    places, weights = augment.resize_taps(
+    places, weights = distort.resize_taps(
         jnp.full(1, float(start)), jnp.full(1, float(length)), 20, new
     )
     matrix = np.zeros((new, 20))
