@@ -67,12 +67,22 @@ def run(request: Request) -> None:
     """
     workdir, config = request.workdir, request.config
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    trained = not config.init.checkpoint or (workdir / "checkpoints").is_dir()
-    if trained:
+    if not config.init.checkpoint or (workdir / "checkpoints").is_dir():
         predictor, dataset = load_run(request, console)
-    else:
+        _write(request, predictor, dataset, console, trained=True)
+        return
+    folder = RunFolder(workdir, lambda path: RunLog(path, console))
+    with folder.claim(config):
         dataset = load_dataset(config, console)
-        predictor = _initial_predictor(request, dataset, console)
+        predictor = _initial_predictor(config, folder, dataset)
+        _write(request, predictor, dataset, console, trained=False)
+
+
+def _write(
+    request: Request, predictor: Predictor, dataset: ImageDataset, console: Console, trained: bool
+) -> None:
+    """Writes what `run` writes; `trained` says whether the network's head knows the classes."""
+    workdir, config = request.workdir, request.config
     found = extract(predictor, dataset, request.layer)
     path = workdir / "features" / f"{found.layer.replace('/', '.')}.npz"
     found.save(path)
@@ -97,14 +107,11 @@ def run(request: Request) -> None:
     console.print(f"to classify photos: --mode=predict --workdir={folder} PHOTO...")
 
 
-def _initial_predictor(request: Request, dataset: ImageDataset, console: Console) -> Predictor:
+def _initial_predictor(config: Config, folder: RunFolder, dataset: ImageDataset) -> Predictor:
     """Returns the network as training would start from it."""
-    config = request.config
-    folder = RunFolder(request.workdir, lambda path: RunLog(path, console))
-    with folder.claim(config):
-        setup = Setup.of(config, dataset)
-        key, _ = jax.random.split(jax.random.key(config.seed))
-        state = fit.start(config, setup, dataset, folder, key)
+    setup = Setup.of(config, dataset)
+    key, _ = jax.random.split(jax.random.key(config.seed))
+    state = fit.start(config, setup, dataset, folder, key)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return Predictor(config, setup.model, variables, dataset.class_names, dataset.image_shape)
 
