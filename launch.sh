@@ -61,5 +61,8 @@ if [[ $# -gt 0 && $1 != -* ]]; then
     shift
     set -- "--config=$config" "$@"
 fi
+# Large arrays in huge pages, where the system grants them to those who ask: on a CPU, photos train
+# and are classified in less time. Only the C library of most Linux systems reads this.
+export GLIBC_TUNABLES="glibc.malloc.hugetlb=1${GLIBC_TUNABLES:+:$GLIBC_TUNABLES}"
 # -P: a random.py in the current folder must not stand in for Python's own.
 exec "$venv/bin/python" -P -m cnn_jax.main "$@"

@@ -12,10 +12,7 @@ the same rounds. FLOPs are three times those of the forward pass. Before that, P
 project train from the same parameters on the same batches: their losses must agree.
 """
 
-import contextlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from absl import app, flags
+from competitor import Competitor
 
 HERE = Path(__file__).resolve().parent
 GEMM_FLOPS = 2 * 2048**3
@@ -38,43 +36,6 @@ _STEPS = flags.DEFINE_integer("steps", 4, "Steps of a timing.", lower_bound=1, u
 _OUT = flags.DEFINE_string("out", "speed.json", "File that receives the table.")
 _TOLERANCE = 1e-4
 _CHECKED_STEPS = 20
-
-
-class Competitor:
-    """A worker process."""
-
-    def __init__(self, python: str, script: str, *args: str) -> None:
-        path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen(
-            [python, str(HERE / script), *args],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-
-    def wait(self) -> None:
-        """Waits for a process that ends by itself."""
-        if self._process.wait():
-            raise SystemExit(f"{self._process.args} failed")
-
-    def run(self, n_steps: int) -> dict[str, Any]:
-        """Runs steps; returns seconds, losses and peak memory, or nothing if the process died."""
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(f"{n_steps}\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return {}
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else {}
-
-    def stop(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # It has died, and said why on stderr.
-            self._process.stdin.close()
-        self._process.wait()
 
 
 def check_losses(ours: Competitor, torch: Competitor, dropout: float) -> float | None:
