@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 from helpers.cli import refuse
+from helpers.data import write_photos
 from helpers.training import HEAD, edit, fit, initial, keys
 
-from cnn_jax import capacity, command, memory
-from cnn_jax.config import Config, ModelConfig
-from cnn_jax.data import ImageDataset
+from cnn_jax import capacity, command, data, memory
+from cnn_jax.config import Config, DataConfig, ModelConfig
+from cnn_jax.data import ImageDataset, photos
 from cnn_jax.errors import UserError
 from cnn_jax.fit import compile_segment
 from cnn_jax.step import Setup, train_segment
@@ -113,6 +114,22 @@ def test_out_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixtu
     assert line.startswith("error: out of memory: ")
     assert line.endswith("set train.accumulate, or set runtime.storage=stream")
     assert len(line) < 400
+
+
+def test_memory_that_runs_out_makes_no_photo_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path, {"a": 3, "b": 3})
+    config = DataConfig(name="folder", dir=str(tmp_path), image_size=8, skip_broken=True)
+    streamed = data.load(config, str(tmp_path / "cache"), "stream")
+
+    def read(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(photos, "_read_image", read)
+    with pytest.raises(MemoryError):
+        streamed.train.images[0]
+    assert streamed.replaced == ()
 
 
 def test_other_errors_of_the_runtime_are_not_hidden() -> None:

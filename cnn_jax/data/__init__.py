@@ -48,7 +48,7 @@ def load(config: DataConfig, cache_dir: str = "", storage: str = "auto") -> Imag
     try:
         source = _source(config, cache_folder(cache_dir))
         decoded = _decode(source, cache_folder(cache_dir), storage)
-    except (OSError, MemoryError) as error:
+    except OSError as error:
         raise UserError(f"data.name={config.name} can't be read: {one_line(error)}") from None
     if decoded.skipped:
         logging.warning("%s: %s", source.description, photos.skipped_line(decoded.skipped))

@@ -106,6 +106,8 @@ def load_image(path: str | os.PathLike[str], layout: Layout) -> np.ndarray:
     """
     try:
         return _read_image(Path(path), layout)
+    except MemoryError:
+        raise  # The file may be whole.
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files.
         reason = _reason(error, path)
         raise UserError(f"{os.fspath(path)} can't be read as an image: {reason}") from None

@@ -196,7 +196,7 @@ def _decode(folder: Path) -> Decoded:
             )
             for split in splits
         }
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # array_record, protobuf and Pillow raise many kinds of errors.
         raise UserError(
