@@ -206,11 +206,12 @@ def _resume(
     config: Config, setup: Setup, dataset: ImageDataset, run: RunFolder, key: jax.Array
 ) -> tuple[TrainState, Progress]:
     """Returns the state to resume from, placed on the devices, and the progress so far."""
+    sha256 = dataset.sha256  # It is kept; now, since streamed photos may vanish and be replaced.
     restored = run.restore("latest", partial(_template, setup, key))
     if restored is None:
         return mesh.place(start(config, setup, dataset, run, key)), Progress()
     state, record = restored
-    if record["data_sha256"] != dataset.sha256:
+    if record["data_sha256"] != sha256:
         raise UserError(
             "the images are not those that this workdir was trained on; restore them "
             "or choose another --workdir"
