@@ -283,6 +283,8 @@ def test_results_of_another_config_do_not_count(trained: Path, tmp_path: Path):
 
 CHANGES = {
     "kernels": "xla",
+    "storage": "stream",
+    "workers": 2,
     "cache_dir": "/elsewhere",
     "segment_steps": 7,
     "checkpoint_seconds": 1.0,

@@ -162,7 +162,7 @@ def test_mistyped_text_is_refused(text: str, message: str) -> None:
 
 def test_every_field_has_documentation_and_is_read_from_its_own_text() -> None:
     found = fields.all_fields()
-    assert len(found) == 50
+    assert len(found) == 65
     assert list(found)[:2] == ["seed", "data.name"]
     assert "name" not in found
     flat = fields.flatten(Config())
@@ -178,7 +178,7 @@ def test_every_field_has_documentation_and_is_read_from_its_own_text() -> None:
 def test_differences_are_those_that_change_a_result() -> None:
     old = configs.get("vgg3")
     assert fields.differences(old, old) == []
-    other_runtime = RuntimeConfig("xla", "/b", 3, 7, 1.0, True)
+    other_runtime = RuntimeConfig(kernels="xla", cache_dir="/b", seeds=3, segment_steps=7)
     moved = replace(old, name="x", data=replace(old.data, dir="/a"), runtime=other_runtime)
     assert fields.differences(old, moved) == []
     assert fields.identity(old) == fields.identity(moved)
@@ -218,8 +218,8 @@ def test_missing_fields_take_their_defaults() -> None:
             f"written by version {cnn_jax.__version__}",
         ),
         (
-            {"version": "9.1.0", "augment": {"mixup": 1, "flip": "none", "blur": 2}},
-            f"version {cnn_jax.__version__} does not know the fields augment.mixup, augment.blur "
+            {"version": "9.1.0", "augment": {"warp": 1, "flip": "none", "blur": 2}},
+            f"version {cnn_jax.__version__} does not know the fields augment.warp, augment.blur "
             "of a config that was written by version 9.1.0",
         ),
     ],
