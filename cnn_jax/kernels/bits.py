@@ -83,6 +83,14 @@ def matmul_transposed(
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def matmul_right(
+    a: Float[Array, "*batch inner"], b: Float[Array, "columns inner"]
+) -> Float[Array, "*batch columns"]:
+    """Returns a @ b.T as `matmul_transposed`, for any number of axes of a."""
+    product = matmul_transposed(a.reshape(-1, a.shape[-1]), b)
+    return product.reshape(*a.shape[:-1], b.shape[0])
+
+
 def transpose(a: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
     """Returns a.T in the type of a; the barrier keeps XLA from fusing it into what reads it."""
     return lax.optimization_barrier(round_to(transpose_and_widen(a), a.dtype))

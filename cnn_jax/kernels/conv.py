@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 from cnn_jax.kernels.bits import (
     from_bits,
     matmul,
+    matmul_right,
     matmul_transposed,
     round_to,
     to_bits,
@@ -43,6 +44,8 @@ from cnn_jax.kernels.pool import Pads, Pair, first_maximum, pad, windows
 
 Grid = Sequence[Sequence[Array]]
 """Rows and columns of arrays, all of one shape."""
+
+Product = Callable[[Array, Array], Array]
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -68,15 +71,7 @@ def conv(
     """Returns the convolution of images with a kernel."""
     if not suits_winograd(kernel.shape, strides):
         return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=NHWC)
-    size = tuple(x.shape[axis + 1] + sum(pads[axis]) - 2 for axis in (0, 1))
-
-    def convolve(x: Array, kernels: Grid) -> tuple[Array, None]:
-        tiles = _input_tiles(x, pads, size)
-        return _from_quarters(
-            _multiply_tiles(tiles, kernels, kernel.shape[-1]), size, x.dtype
-        ), None
-
-    return chunked(convolve, (x,), _transform_kernel(kernel), n_pixels=size[0] * size[1])[0]
+    return _convolve_tiles(x, _transform_kernel(kernel), kernel.shape[-1], pads)
 
 
 def _conv_forward(
@@ -114,12 +109,10 @@ def _input_gradient(
     dy = pad(dy, ((0, 0), (0, 0)), interior=(strides[0] - 1, strides[1] - 1))
     before = [kernel.shape[axis] - 1 - pads[axis][0] for axis in (0, 1)]
     after = [shape[axis + 1] + pads[axis][0] - dy.shape[axis + 1] for axis in (0, 1)]
-    return conv(dy, _rotate(kernel), (1, 1), ((before[0], after[0]), (before[1], after[1])))
-
-
-def _rotate(kernel: Array) -> Float[Array, "kernel_height kernel_width out in"]:
-    """Rotates a kernel by 180 degrees and swaps its inputs and outputs."""
-    return jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+    pads = ((before[0], after[0]), (before[1], after[1]))
+    if suits_winograd(kernel.shape, (1, 1)):
+        return _convolve_tiles(dy, _transform_rotated(kernel), kernel.shape[2], pads, matmul_right)
+    return conv(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), (1, 1), pads)
 
 
 def _patches_times_gradient(
@@ -348,13 +341,14 @@ def _conv_relu_pool_backward(
         dbias = sum(jnp.sum(part, axis=(0, 1, 2)) for row in quarters for part in row)
         dkernel = _transformed_kernel_gradient(x, _SAME, size, quarters)
         tiles = _tiles_of_quarters(quarters, x.dtype)
-        dx = _from_quarters(_multiply_tiles(tiles, kernels, x.shape[-1]), size, x.dtype)
+        dx = _multiply_tiles(tiles, kernels, x.shape[-1], matmul_right)
+        dx = _from_quarters(dx, size, x.dtype)
         return dx, (dkernel, dbias)
 
     def finish(total: tuple[Grid, Array]) -> Array:
         return jnp.concatenate([_to_kernel_gradient(total[0], kernel.shape[-1]), total[1][None]])
 
-    kernels, n_pixels = _transform_kernel(_rotate(kernel)), size[0] * size[1]
+    kernels, n_pixels = _transform_rotated(kernel), size[0] * size[1]
     dx, total = chunked(multiply, (x, dy, kept), kernels, n_pixels=n_pixels, finish=finish)
     return dx, *_split_gradients(total, kernel, bias)
 
@@ -395,6 +389,30 @@ def _transform_kernel(kernel: Array) -> Grid:
     return _transform(_KERNEL, list(_pad_channels(kernel)), kernel.dtype)
 
 
+def _transform_rotated(kernel: Array) -> Grid:
+    """Returns the transformed kernel of the inputs' gradient, a 4x4 grid of [in, out].
+
+    That kernel is rotated by 180 degrees, which exchanges the first and the last transformed row
+    and column, and its inputs and outputs are swapped: `matmul_right` reads it so. To rotate and
+    transpose the kernel itself takes longer than all products of 8 images of 7x7x512.
+    """
+    grid, order = _transform(_KERNEL, list(kernel), kernel.dtype), (3, 1, 2, 0)
+    return [[grid[i][j] for j in order] for i in order]
+
+
+def _convolve_tiles(
+    x: Array, kernels: Grid, n_out: int, pads: Pads, product: Product = matmul
+) -> Float[Array, "batch height width out"]:
+    """Returns the convolution with a transformed 3x3 kernel, of n_out channels."""
+    size = tuple(x.shape[axis + 1] + sum(pads[axis]) - 2 for axis in (0, 1))
+
+    def convolve(x: Array, kernels: Grid) -> tuple[Array, None]:
+        quarters = _multiply_tiles(_input_tiles(x, pads, size), kernels, n_out, product)
+        return _from_quarters(quarters, size, x.dtype), None
+
+    return chunked(convolve, (x,), kernels, n_pixels=size[0] * size[1])[0]
+
+
 def _pad_channels(x: Array) -> Array:
     """Adds channels of zeros up to a multiple of 16, which fill the AVX-512 registers of a product.
 
@@ -414,12 +432,12 @@ def _pad_for_tiles(x: Array, pads: Pads, size: Sequence[int]) -> Array:
     return pad(x, ((top, bottom + size[0] % 2), (left, right + size[1] % 2)))
 
 
-def _multiply_tiles(tiles: Grid, kernels: Grid, n_out: int) -> Grid:
+def _multiply_tiles(tiles: Grid, kernels: Grid, n_out: int, product: Product = matmul) -> Grid:
     """Returns the float32 quarters of the convolution, of n_out channels.
 
     The barrier keeps XLA from computing the tiles again inside each product.
     """
-    products = jax.tree.map(matmul, lax.optimization_barrier(tiles), kernels)
+    products = jax.tree.map(product, lax.optimization_barrier(tiles), kernels)
     products = jax.tree.map(lambda product: product[..., :n_out], products)
     return _transform(_OUTPUT, products, jnp.float32)
 
