@@ -155,7 +155,7 @@ def load(network: nn.Module, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         *path, last = name.split("/")
         kernel = torch.tensor(array)
-        kernel = kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
+        kernel = kernel.permute(*{4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[kernel.ndim])
         state[".".join([*path, NAMES.get(last, last)])] = kernel
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert not unexpected and all("num_batches" in name for name in missing)

@@ -1,8 +1,8 @@
 """Batch normalization for a CPU, with the ReLU or ReLU6 that follows it, forward and backward.
 
-Its time is that of reading and writing memory. So sums are taken in one pass over the batch, not in
-one for each sum, and everything else is one elementwise operation forward and one backward. Sums
-are float32, of products in the cache.
+Its time is that of reading and writing memory. So both sums of the gradient are taken in one pass
+over the batch, and everything else is one elementwise operation forward and one backward. Sums are
+float32, of terms that stay in the cache.
 """
 
 from collections.abc import Sequence
@@ -45,13 +45,17 @@ def normalize(
 def _normalize_forward(
     x: Array, scale: Array, bias: Array, epsilon: float, activation: str | None
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    def terms(x: Array) -> tuple[None, list[Array]]:
-        wide = widen(x)
-        return None, [wide, wide * wide]
+    def values(x: Array) -> tuple[None, list[Array]]:
+        return None, [widen(x)]
 
+    def squares(x: Array, mean: Array) -> tuple[None, list[Array]]:
+        return None, [jnp.square(widen(x) - _along(mean, x))]
+
+    # The mean of squares less the square of the mean would take one pass, but lose digits where the
+    # mean is large.
     count = x.size // x.shape[-1]
-    mean, squares = _sums(terms, (x,)) / count
-    variance = jnp.maximum(0.0, squares - mean * mean)
+    (mean,) = _sums(values, (x,)) / count
+    (variance,) = _sums(squares, (x,), mean) / count
     factor = jax.lax.rsqrt(variance + epsilon)
     y = _clip(_shifted(x, mean, factor * scale, bias), activation)
     return (round_to(y, x.dtype), mean, variance), (x, scale, bias, mean, factor)
