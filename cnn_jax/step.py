@@ -190,8 +190,8 @@ class Batch:
     """
 
     images: Array
-    labels: Int[Array, "batch"]
-    mask: Float[Array, "batch"]
+    labels: Int[Array, "*parts batch"]
+    mask: Float[Array, "*parts batch"]
 
 
 @partial(jax.jit, static_argnames="setup")
