@@ -128,6 +128,9 @@ def guarded(main: Callable[..., None], *args: Any) -> None:
         )
     except OSError as error:  # A disk that is full or gone, if no message is more specific.
         _fail(one_line(error))
+    except KeyboardInterrupt:  # In a thread that is not the main one, where no signal is caught.
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Stopped as stopped:
         print(f"{stopped}; the same command resumes", file=sys.stderr)
         sys.exit(stopped.exit_code)
