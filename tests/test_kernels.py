@@ -530,9 +530,6 @@ def test_batch_norm_without_scale_or_bias_has_no_such_parameters():
     np.testing.assert_allclose(y.std((0, 1, 2)), 1, rtol=1e-4)
 
 
-@pytest.mark.xla
-
-
 # Max pools
 
 POOLS = list(
