@@ -17,11 +17,12 @@ THE CORE, in reading order. From `main` to the update of the parameters are five
 
 Around it:
 
-    models/         airbench.py, initial values, whitening, weights of VGG16, and inspection.py:
-                    outputs of named modules, summaries, what is frozen
+    models/         airbench.py, efficientnet.py, initial values, whitening; weights.py: those of
+                    PyTorch's libraries; inspection.py: outputs of named modules, summaries, what is
+                    frozen
     layers.py       convolution, dense and pooling layers; kernels/ computes them, fast on a CPU
     mesh.py         one mesh of all devices; backend.py: what JAX reads once
-    memory.py       what is free; capacity.py: what training needs
+    memory.py       what is free, cgroups.py: limits of containers, capacity.py: what training needs
     data/           load() in __init__.py: digits, tfds, photos, official archives; split, and held
                     in memory or streamed
     runs/           a run's folder: lock and config, checkpoints, log, summary, signals;
