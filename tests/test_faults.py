@@ -123,7 +123,7 @@ def test_kills_change_no_bit(whole: Path, tmp_path: Path, wanted: int, wanted_in
 def test_a_kill_while_the_config_is_written_leaves_a_workdir_that_starts(tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").touch()
-    (tmp_path / "run/config.tmp").write_text('{"na')
+    (tmp_path / "run/config.json.tmp").write_text('{"na')
     finish(*RUN, "--train.epochs=0", cwd=tmp_path)
     assert leftovers(tmp_path / "run") == []
 
