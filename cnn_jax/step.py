@@ -34,9 +34,9 @@ class Setup:
     n_classes: int
     image_shape: tuple[int, int, int]
     """Of what the network sees: height, width and channels."""
-    passes: int
-    """How often an epoch goes through the training images."""
     steps_per_epoch: int
+    passes: int = 1
+    """How often an epoch goes through the training images."""
     class_weights: tuple[float, ...] = ()
     """Factor of each class' losses, with a mean of 1 over the training images; empty: none."""
     epoch: int = 0
