@@ -16,7 +16,7 @@ from cnn_jax import layers
 from cnn_jax.config import ModelConfig
 from cnn_jax.models.batch_norm import BatchNorm
 from cnn_jax.models.checks import check_fixed_settings, check_image_side
-from cnn_jax.models.resnet import GlobalAveragePool, convolution
+from cnn_jax.models.resnet import classify_means, convolution
 
 STEM, TOP = 32, 1280
 """Filters of the first and of the last convolution, the same in all Lite networks."""
@@ -95,10 +95,7 @@ class EfficientNet(nn.Module):
             x = InvertedStage(stage, block_widths, dtype, name=f"stage{i}")(x, train)
         x = conv(TOP, kernel_size=(1, 1), name="top")(x)
         x = norm(name="top_norm")(x, not train)
-        x = GlobalAveragePool(name="pool")(x)
-        if config.dropout:
-            x = nn.Dropout(config.dropout, name="dropout")(x, deterministic=not train)
-        return layers.Dense(self.n_classes, dtype=dtype, name="head")(x).astype(jnp.float32)
+        return classify_means(x, config, self.n_classes, train)
 
 
 class InvertedStage(nn.Module):

@@ -65,10 +65,7 @@ class ResNet(nn.Module):
         for i, widths in enumerate(self.blocks, start=1):
             stride = 1 if i == 1 else 2
             x = Stage(block, widths, stride, config.activation, dtype, name=f"stage{i}")(x, train)
-        x = GlobalAveragePool(name="pool")(x)
-        if config.dropout:
-            x = nn.Dropout(config.dropout, name="dropout")(x, deterministic=not train)
-        return layers.Dense(self.n_classes, dtype=dtype, name="head")(x).astype(jnp.float32)
+        return classify_means(x, config, self.n_classes, train)
 
 
 class Stage(nn.Module):
@@ -114,9 +111,8 @@ class ResidualBlock(nn.Module):
         y = norm(activation=self.activation, name="norm1")(y, not train)
         y = conv(name="conv2")(y)
         y = norm(name="norm2")(y, not train)
-        return layers.ACTIVATIONS[self.activation](
-            _shortcut(x, y.shape, self.stride, self.dtype, train) + y
-        )
+        x = _shortcut(x, y.shape, self.stride, self.dtype, train)
+        return layers.ACTIVATIONS[self.activation](x + y)
 
 
 class BottleneckBlock(nn.Module):
@@ -144,9 +140,8 @@ class BottleneckBlock(nn.Module):
         y = norm(activation=self.activation, name="norm2")(y, not train)
         y = conv(_EXPANSION * self.width, kernel_size=(1, 1), name="conv3")(y)
         y = norm(name="norm3")(y, not train)
-        return layers.ACTIVATIONS[self.activation](
-            _shortcut(x, y.shape, self.stride, self.dtype, train) + y
-        )
+        x = _shortcut(x, y.shape, self.stride, self.dtype, train)
+        return layers.ACTIVATIONS[self.activation](x + y)
 
 
 def _conv3x3(conv: partial[layers.Conv], stride: int, name: str) -> layers.Conv:
@@ -176,6 +171,23 @@ class GlobalAveragePool(nn.Module):
     ) -> Float[Array, "batch channels"]:
         """Returns the means over height and width."""
         return jnp.mean(x, axis=(1, 2))
+
+
+def classify_means(
+    x: Float[Array, "batch height width channels"],
+    config: ModelConfig,
+    n_classes: int,
+    train: bool,
+) -> Float[Array, "batch classes"]:
+    """Adds `pool`, `dropout` if the config has it, and `head` to the calling module.
+
+    Returns the logits, from the mean of each feature map.
+    """
+    x = GlobalAveragePool(name="pool")(x)
+    if config.dropout:
+        x = nn.Dropout(config.dropout, name="dropout")(x, deterministic=not train)
+    head = layers.Dense(n_classes, dtype=jnp.dtype(config.dtype), name="head")
+    return head(x).astype(jnp.float32)
 
 
 # With linen's default of 0.99 the running statistics would lag behind in runs of a few epochs.
