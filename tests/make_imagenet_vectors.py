@@ -4,7 +4,7 @@ Run by hand where PyTorch and timm are installed, which the project does not nee
     python tests/make_imagenet_vectors.py [WEIGHTS PHOTO ...]
 Without arguments, only the networks with random weights are computed: NumPy makes weights and
 images from seeds. WEIGHTS is timm's tf_efficientnet_lite0.safetensors, and each PHOTO is
-preprocessed as timm does; their vectors are kept where they are not computed anew.
+preprocessed as timm does; without them, their vectors stay as they are.
 """
 
 import sys

@@ -725,7 +725,7 @@ def test_folder_cache(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_folder_s_images_know_their_files(load: Load, tmp_path: Path) -> None:
-    """Through the cache, the choice of classes, the split and a file that is passed over."""
+    """Through the cache, the choice of classes, the split and a file that is skipped."""
     photos = tmp_path / "photos"
     write_photos(photos, {"a": 4, "b": 5, "c": 3})
     (photos / "b" / "000.png").write_bytes(b"broken")

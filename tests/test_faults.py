@@ -92,8 +92,8 @@ def assert_same(workdir: Path, whole: Path) -> None:
 def test_kills_change_no_bit(whole: Path, tmp_path: Path, wanted: int, wanted_inside: int):
     """kill -9 at random moments of a run's life, every third as soon as a save has begun.
 
-    A kill counts as one inside a save if the save's temporary folder is still there after it. What
-    is killed is gone on with until it ends, is compared, and another run takes its place.
+    A kill counts as one inside a save if the save's temporary folder is still there after it. A
+    run that is killed is resumed until it ends and is compared, and then another one starts.
     """
     moments = random.Random(0)
     kills = inside = ended = 0

@@ -47,15 +47,15 @@ VALUES = (
 
 def fuzz(cases: int, strategy: st.SearchStrategy, test: Callable[[Any], None]) -> None:
     """Calls `test` with so many cases: the same 300 each time, or more from a new seed."""
-    anew = cases > 300
+    is_fresh = cases > 300
     run = settings(
         max_examples=cases,
         deadline=None,
-        derandomize=not anew,
+        derandomize=not is_fresh,
         database=None,
         suppress_health_check=list(HealthCheck),
     )(given(strategy)(test))
-    if anew:
+    if is_fresh:
         number = int(os.environ.get(SEED) or secrets.randbits(32))
         print(f"{SEED}={number} draws the same cases")  # pytest shows it if the test fails.
         run = seed(number)(run)

@@ -34,7 +34,7 @@ class Listing:
     """Paths by class, of each part: `train`, and perhaps `validation` and `test`. All parts have
     the classes of `train`, sorted, some of them perhaps without photos."""
     skipped: tuple[str, ...] = ()
-    """ "path: reason" for each file or folder that is passed over."""
+    """ "path: reason" for each file or folder that is skipped."""
     notes: tuple[str, ...] = ()
     """What the user should know besides, one sentence each."""
 
@@ -210,7 +210,7 @@ def _class_files(
 ) -> dict[str, list[str]]:
     """Returns the image files of each wanted class below `folder`, by path relative to `root`.
 
-    What is passed over is added to `skipped`.
+    What is ignored is added to `skipped`.
     """
     classes: dict[str, list[str]] = {}
     for path in sorted(folder.iterdir()):

@@ -172,7 +172,7 @@ def image_files(folder: Path, root: Path) -> tuple[list[str], list[str]]:
     """Returns the image files below `folder`, sorted, and "path: reason" for what it skips.
 
     A file with the suffix of an image is one, and so is a file whose first bytes are those of an
-    image. Hidden files and folders, whose names start with a dot, are passed over in silence.
+    image. Hidden files and folders, whose names start with a dot, are ignored without a message.
 
     Args:
         folder: the folder to search, with its subfolders.
@@ -208,7 +208,7 @@ def image_files(folder: Path, root: Path) -> tuple[list[str], list[str]]:
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether a file or folder is passed over in silence, by its name."""
+    """Returns whether a file or folder is ignored without a message, by its name."""
     return name.startswith(".") or name in _NO_PHOTOS
 
 

@@ -155,7 +155,7 @@ def _is_unused(path: Path) -> bool:
 
 
 def _check_place(path: Path, config: Config) -> None:
-    """Refuses a folder of results among the photos, which the next run would take for a class."""
+    """Refuses a folder of results among the photos, which the next run would read as a class."""
     if config.data.name == "folder" and config.data.dir:
         photos = Path(config.data.dir).expanduser().resolve()
         if photos.is_dir() and path.resolve().is_relative_to(photos):
