@@ -15,7 +15,7 @@ from cnn_jax import files, upgrade, values
 from cnn_jax.config import Config
 from cnn_jax.errors import UserError, closest, did_you_mean
 
-_NOT_IDENTITY = ("name", "data.dir", "runtime.")
+_NOT_IDENTITY = ("name", "data.dir", "data.skip_broken", "runtime.")
 """Fields, or beginnings of their names, on which a run's result does not depend."""
 
 
@@ -128,7 +128,7 @@ def flatten(config: Config) -> dict[str, Any]:
 def identity(config: Config) -> dict[str, Any]:
     """Returns the values that a run's result depends on, by their dotted names.
 
-    `name`, `data.dir` and the section `runtime` are not among them.
+    `name`, `data.dir`, `data.skip_broken` and the section `runtime` are not among them.
     """
     flat = flatten(config)
     return {name: v for name, v in flat.items() if not name.startswith(_NOT_IDENTITY)}

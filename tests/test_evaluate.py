@@ -170,6 +170,14 @@ def test_all_parts_of_another_folder_are_scored(trained: Path):
     assert f"folder parts: {line}" in out
 
 
+def test_a_folder_of_one_class_is_scored(trained: Path):
+    write_photos(trained / "single", {"red": 3})
+    assert "folder single: all 3 images are scored\n" in evaluated(trained, "single")
+    (trained / "empty").mkdir()
+    line = refuse("--mode=evaluate", "--workdir=run", "--data.dir=empty", cwd=trained)
+    assert line.startswith("empty needs subfolders of images")
+
+
 def test_the_photos_of_the_run_are_not_others_where_they_have_moved(trained: Path):
     own = finish("--mode=evaluate", "--workdir=run", cwd=trained).stdout
     assert re.search(r"folder photos: \d+ train, \d test images", own)

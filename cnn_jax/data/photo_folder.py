@@ -59,7 +59,7 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def list_folder(root: Path, chosen: Sequence[str] = ()) -> Listing:
+def list_folder(root: Path, chosen: Sequence[str] = (), least: int = 2) -> Listing:
     """Lists the photos below a folder.
 
     It holds one subfolder for each class; or a folder `train` of these, and optionally `validation`
@@ -68,9 +68,10 @@ def list_folder(root: Path, chosen: Sequence[str] = ()) -> Listing:
     Args:
         root: the folder.
         chosen: the classes that are wanted, "data.classes"; empty: all.
+        least: the number of classes that there must be; 2 to train on them.
 
     Raises:
-        UserError: it has fewer than two classes, a class without photos, parts that differ in a way
+        UserError: it has fewer classes than that, a class without photos, parts that differ in a way
             that would change their meaning, or names that leave open what is a class.
         OSError: a folder can't be examined.
     """
@@ -88,8 +89,8 @@ def list_folder(root: Path, chosen: Sequence[str] = ()) -> Listing:
             hint = nearest(name, known) or f"; known: {', '.join(known)}"
             raise UserError(f"data.classes: there is no class {name}{hint}")
     _pass_over_empty(found, chosen, root, folders, skipped)
-    if len(train) < 2:
-        raise UserError(_too_few(root, folders["train"], skipped))
+    if len(train) < least:
+        raise UserError(_too_few(root, folders["train"], least, skipped))
     for part, classes in found.items():
         where = f"{root}: {folders[part].relative_to(root)}/"
         if extra := [name for name in classes if name not in train]:
@@ -266,9 +267,10 @@ def _pass_over_empty(
             skipped.append(f"{start}: a folder without photos")
 
 
-def _too_few(root: Path, folder: Path, skipped: Sequence[str]) -> str:
-    """Returns the message for a folder with fewer than two classes, and where they may be."""
-    message = f"{folder} needs two subfolders of images or more, one a class"
+def _too_few(root: Path, folder: Path, least: int, skipped: Sequence[str]) -> str:
+    """Returns the message for a folder with too few classes, and where they may be."""
+    needed = "two subfolders of images or more, one a class" if least > 1 else "subfolders of images"
+    message = f"{folder} needs {needed}"
     names = _names(folder)
     if folder == root and len(names) == 1 and len(_names(root / names[0])) > 1:
         return f"{message}; did you mean --data.dir={root / names[0]}?"

@@ -19,18 +19,18 @@ from cnn_jax.data.stream import PhotoImages
 from cnn_jax.errors import UserError, printable
 
 
-def source(config: DataConfig, cache_dir: Path) -> Source:
+def source(config: DataConfig, cache_dir: Path, least_classes: int = 2) -> Source:
     """Returns the photos that `config.dir` names, each as a square of its `photos.Layout`.
 
     It is a folder with one subfolder for each class, a folder of parquet files, or a file of
     labels. Photos that can't be read are left out; in a first start all of them are read for this.
 
     Raises:
-        UserError: there is no such folder or file, it has fewer than two classes, or a class of its
-            training part has no photo that can be read.
+        UserError: there is no such folder or file, it has fewer classes than that, or a class of
+            its training part has no photo that can be read.
         OSError: a folder or file can't be examined.
     """
-    listing = _listing(config, cache_dir)
+    listing = _listing(config, cache_dir, least_classes)
     for note in (*listing.notes, *_differing_in_case(listing)):
         logging.warning("%s", printable(note))
     files, layout = listing.files, photos.Layout.of(config)
@@ -52,7 +52,7 @@ def source(config: DataConfig, cache_dir: Path) -> Source:
     )
 
 
-def _listing(config: DataConfig, cache_dir: Path) -> Listing:
+def _listing(config: DataConfig, cache_dir: Path, least_classes: int) -> Listing:
     if not config.dir:
         raise UserError("data.name=folder needs --data.dir=PHOTOS, one subfolder per class")
     path = Path(config.dir).expanduser()
@@ -64,7 +64,7 @@ def _listing(config: DataConfig, cache_dir: Path) -> Listing:
         )
     if parquet.find(path):
         return parquet.list_parquet(path, cache_dir, config.classes)
-    return photo_folder.list_folder(path, config.classes)
+    return photo_folder.list_folder(path, config.classes, least_classes)
 
 
 def _differing_in_case(listing: Listing) -> list[str]:

@@ -83,7 +83,8 @@ def score_all(
         UserError: there are no such photos, or none of a class that the network knows.
     """
     everything = replace(config.data, classes=(), skip_broken=False)
-    source = photo_set.source(everything, data.cache_folder(config.runtime.cache_dir))
+    cache_dir = data.cache_folder(config.runtime.cache_dir)
+    source = photo_set.source(everything, cache_dir, least_classes=1)
     assert source.list_photos is not None
     listed, known = source.list_photos(), list(predictor.class_names)
     numbers = np.array([known.index(n) if n in known else -1 for n in listed.class_names], np.int32)
