@@ -71,8 +71,8 @@ def list_folder(root: Path, chosen: Sequence[str] = (), least: int = 2) -> Listi
         least: the number of classes that there must be; 2 to train on them.
 
     Raises:
-        UserError: it has fewer classes than that, a class without photos, parts that differ in a way
-            that would change their meaning, or names that leave open what is a class.
+        UserError: it has fewer classes than that, a class without photos, parts that differ in a
+            way that would change their meaning, or names that leave open what is a class.
         OSError: a folder can't be examined.
     """
     chosen = tuple(map(normal, chosen))
@@ -269,8 +269,8 @@ def _pass_over_empty(
 
 def _too_few(root: Path, folder: Path, least: int, skipped: Sequence[str]) -> str:
     """Returns the message for a folder with too few classes, and where they may be."""
-    needed = "two subfolders of images or more, one a class" if least > 1 else "subfolders of images"
-    message = f"{folder} needs {needed}"
+    several = "two subfolders of images or more, one a class"
+    message = f"{folder} needs {several if least > 1 else 'subfolders of images'}"
     names = _names(folder)
     if folder == root and len(names) == 1 and len(_names(root / names[0])) > 1:
         return f"{message}; did you mean --data.dir={root / names[0]}?"
