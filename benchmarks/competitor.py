@@ -1,13 +1,45 @@
-"""The processes that a benchmark times in turn."""
+"""The processes that a benchmark times in turn, and what the timings were made by."""
 
 import contextlib
 import json
 import os
+import platform
 import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
+from cnn_jax.kernels import cores
+
 HERE = Path(__file__).resolve().parent
+
+
+def made_by(torch_python: str | None) -> dict[str, str]:
+    """Returns the command, commit, hardware and versions of timings, as a table names them."""
+    arguments = [one for one in sys.argv[1:] if not one.startswith(("--torch_python", "--out"))]
+    if torch_python:
+        arguments.insert(0, "--torch_python=PATH")
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    ran = subprocess.run(git, capture_output=True, text=True, check=False)
+    versions = [f"jax {version('jax')}"]
+    if torch_python:
+        command = [torch_python, "-c", "import torch; print(torch.__version__)"]
+        versions.append(f"PyTorch {subprocess.check_output(command, text=True).strip()}")
+    return {
+        "command": f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(arguments)}`",
+        "commit": ran.stdout.strip() or "unknown",
+        "hardware": f"{cores.usable_cpus()} cores of {platform.machine()}",
+        "versions": ", ".join(versions),
+    }
+
+
+def ratio(theirs: list[float], ours: list[float]) -> dict[str, Any]:
+    """Returns the median and the quartiles over rounds of a competitor's time over this one's."""
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    low, middle, high = quantiles(ratios, n=4, method="inclusive")
+    return {"time_over_ours": middle, "quartiles": [low, high]}
 
 
 class Competitor:

@@ -20,11 +20,11 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from absl import app, flags
-from competitor import Competitor
+from competitor import Competitor, made_by, ratio
 
 _NETWORKS = flags.DEFINE_list(
     "networks", ["efficientnet_lite0", "resnet18", "resnet50"], "Networks to time."
@@ -37,7 +37,9 @@ _SAME_ENVIRONMENT = flags.DEFINE_bool(
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timings of each competitor.", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 2, "Batches of a timing.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", "photos.json", "File that receives the table.")
+_OUT = flags.DEFINE_string(
+    "out", "benchmarks/results/photos.json", "File that receives the rows of the table."
+)
 
 BATCH_SIZE = 32
 CHECKED_STEPS = 3
@@ -86,9 +88,6 @@ def time_network(network: str, mode: str, path: str) -> list[dict[str, Any]]:
         competitor.stop()
     rows = []
     for (name, dtype), values in seconds.items():
-        ours = seconds["cnn_jax", dtype]
-        ratios = [theirs / our for theirs, our in zip(values, ours, strict=True)]
-        low, middle, high = quantiles(ratios, n=4, method="inclusive")
         rows.append(
             {
                 "network": network,
@@ -96,8 +95,7 @@ def time_network(network: str, mode: str, path: str) -> list[dict[str, Any]]:
                 "dtype": dtype,
                 "kind": name,
                 "images_per_second": BATCH_SIZE / median(values),
-                "time_over_ours": middle,
-                "quartiles": [low, high],
+                **ratio(values, seconds["cnn_jax", dtype]),
                 "peak_mb": peaks[name, dtype],
                 "load": median(loads),
                 "difference": difference,
@@ -128,7 +126,8 @@ def main(_: list[str]) -> None:
                         flush=True,
                     )
                 print(f"largest difference: {rows[-1]['difference']}", flush=True)
-                Path(_OUT.value).write_text(json.dumps(rows, indent=1))
+                found = {"made_by": made_by(_TORCH_PYTHON.value), "rows": rows}
+                Path(_OUT.value).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

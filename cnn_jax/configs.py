@@ -146,7 +146,7 @@ def finetune_gradual() -> Config:
 
 
 def photos() -> Config:
-    """Own photos, from weights of ImageNet: a new head, then all layers, 5 epochs.
+    """Own photos, from weights of ImageNet: a new head, then all layers, 7 epochs.
 
     Network and preprocessing are those of init.checkpoint, the photos are in data.dir. An epoch of
     few photos goes through them several times.
@@ -171,7 +171,7 @@ def photos() -> Config:
                 (".*", ((0, None), (1, 0.5))),
             ),
         ),
-        train=TrainConfig(epochs=5, batch_size=32, min_epoch_steps=50, label_smoothing=0.1),
+        train=TrainConfig(epochs=7, batch_size=32, min_epoch_steps=50, label_smoothing=0.1),
     )
 
 

@@ -91,7 +91,7 @@ def _table(experiment: Experiment, table: Table, seeds: int) -> str:
             known = variant in experiment.reference
             cells.append(f"{100 * experiment.reference[variant]:.1f}" if known else "")
         lines.append(cells)
-    return _markdown(headings, lines)
+    return markdown(headings, lines)
 
 
 def _tuning_table(store: Store) -> str:
@@ -104,14 +104,15 @@ def _tuning_table(store: Store) -> str:
             accuracies = _values(store, [run], "validation_accuracy")
             rate = f"{run.config.optim.learning_rate:g}"
             lines.append([variant, rate, cell("validation_accuracy", accuracies)])
-    return _markdown(["variant", "learning rate", "validation accuracy, %"], lines)
+    return markdown(["variant", "learning rate", "validation accuracy, %"], lines)
 
 
 def _values(store: Store, runs: Iterable[Run], column: str) -> list[float | None]:
     return [value(row, column) for run in runs if (row := store.row(run))]
 
 
-def _markdown(headings: list[str], lines: list[list[str]]) -> str:
+def markdown(headings: list[str], lines: list[list[str]]) -> str:
+    """Returns a table with a line of headings."""
     rule = "|---" * len(headings) + "|"
     rows = ["| " + " | ".join(cells) + " |" for cells in (headings, *lines)]
     return "\n".join([rows[0], rule, *rows[1:]])

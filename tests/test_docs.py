@@ -1,6 +1,5 @@
 """The pages: their examples run, and what they name exists: files, flags, configs and modes."""
 
-import csv
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,7 +17,7 @@ import pytest
 from helpers.cli import finish
 
 import cnn_jax
-from cnn_jax import command, configs, fields, models, tools
+from cnn_jax import command, configs, fields, tools
 from cnn_jax.config import OptimConfig
 from experiments import run as experiments
 
@@ -274,54 +272,3 @@ def test_the_readme_lists_the_core():
     table = README.read_text().partition("<!-- core -->")[2].partition("<!-- /core -->")[0]
     files = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
     assert [name.replace("__init__.py", "") for name in files] == listed
-
-
-def test_the_readme_knows_the_networks():
-    rows = re.findall(
-        r"^\| `(\w+)` \|[^|]*\| ([\d,]+) \| (\d+) \|", README.read_text(), re.MULTILINE
-    )
-    named = {name for name in configs.CONFIGS if not name.startswith("finetune")}
-    assert {name for name, *_ in rows} == named
-    for name, parameters, epochs in rows:
-        config = configs.get(name)
-        image = jnp.zeros((1, 32, 32, 3))
-        variables = jax.eval_shape(models.build(config.model, 10).init, jax.random.key(0), image)
-        sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])]
-        assert (parameters, epochs) == (f"{sum(sizes):,}", str(config.train.epochs)), name
-
-
-def committed_rows() -> dict[str, list[dict[str, str]]]:
-    """Returns the rows of the chapter's and the modern networks by variant, one a seed."""
-    found: dict[str, list[dict[str, str]]] = {}
-    for experiment in ("chapter", "airbench"):
-        with (ROOT / "experiments" / "results" / experiment / "results.csv").open() as file:
-            for row in csv.DictReader(file):
-                rows = found.setdefault(row["variant"], [])
-                if row["seed"] not in [other["seed"] for other in rows]:
-                    rows.append(row)
-    return found
-
-
-@pytest.mark.parametrize(("page", "n_rows"), [("README.md", 6), ("docs/results.md", 7)])
-def test_results_are_those_of_the_committed_runs(page: str, n_rows: int):
-    lines = [line.strip("|").split("|") for line in (ROOT / page).read_text().splitlines()]
-    tables = [[cell.strip() for cell in cells] for cells in lines if len(cells) > 1]
-    heading = next(cells for cells in tables if "test accuracy" in cells)
-    committed, compared = committed_rows(), 0
-    for cells in tables[tables.index(heading) :]:
-        runs = committed.get((re.findall(r"^`(\w+)`", cells[0]) or [""])[0])
-        if not runs or len(cells) != len(heading):
-            continue
-        row = dict(zip(heading, cells, strict=True))
-        accuracies = [100 * float(run["test_accuracy"]) for run in runs]
-        expected = f"{accuracies[0]:.1f}%"
-        if len(runs) > 1:
-            expected = f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f}%"
-            assert f"{len(runs)} seeds" in "".join(cells)
-        assert row["test accuracy"].startswith(expected), row
-        assert row["epochs"] == runs[0]["epochs"], row
-        if "training compute, PFLOP" in row:
-            steps = 3 * 50_000 * int(runs[0]["epochs"]) * float(runs[0]["flops_per_image"])
-            assert row["training compute, PFLOP"] == f"{steps / 1e15:.2f}", row
-        compared += 1
-    assert compared == n_rows
