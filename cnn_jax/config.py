@@ -172,6 +172,9 @@ class ModelConfig(Section, prefix="model."):
     initializer: Literal["glorot_uniform", "he_uniform", "narrow_uniform"] = "glorot_uniform"
     """Kernels are drawn from U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), sqrt(6 / fan_in) or
     0.01; residual networks and `airbench` have their own initial values."""
+    mean_head: bool = False
+    """Divide the logits by the number of the head's inputs, and start the head's kernel with a
+    standard deviation of 1 (Jordan's recipe with Muon)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of the arithmetic; parameters are always float32."""
 

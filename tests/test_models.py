@@ -581,3 +581,24 @@ def test_airbench_refuses_images_that_its_pools_would_use_up():
     assert rows(AIRBENCH, (13, 13, 3))[-2].output_shape == (1, 1, 5)
     with pytest.raises(UserError, match="2 blocks need images of 13x13 or larger, not 12x14"):
         rows(AIRBENCH, (12, 14, 3))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelConfig(name="vgg", blocks=((4,),), dense=(6,)),
+        ModelConfig(name="airbench", blocks=((4, 4),), dense=(), activation="gelu"),
+        ModelConfig(name="resnet_small", blocks=((4,), (6,)), dense=()),
+    ],
+    ids=lambda model: model.name,
+)
+def test_a_mean_head_starts_with_a_deviation_of_1_and_averages_its_inputs(model: ModelConfig):
+    plain, mean = (models.build(replace(model, mean_head=m), 5) for m in (False, True))
+    variables = jax.jit(plain.init)(jax.random.key(0), WIDE)
+    started = jax.jit(mean.init)(jax.random.key(0), WIDE)
+    kernel, drawn = (np.asarray(v["params"]["head"]["kernel"]) for v in (started, variables))
+    assert kernel.std(ddof=1) == pytest.approx(1, rel=1e-5)
+    np.testing.assert_allclose(kernel / kernel[0, 0], drawn / drawn[0, 0], rtol=1e-4)
+    logits, mean_logits = (jax.jit(net.apply)(variables, WIDE) for net in (plain, mean))
+    factor = 9 if model.name == "airbench" else 1
+    np.testing.assert_allclose(mean_logits, logits * factor / len(kernel), rtol=1e-5, atol=1e-7)

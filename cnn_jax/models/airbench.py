@@ -11,6 +11,7 @@ from cnn_jax.config import ModelConfig
 from cnn_jax.errors import UserError
 from cnn_jax.models.batch_norm import BatchNorm
 from cnn_jax.models.checks import check_fixed_settings, check_image_side
+from cnn_jax.models.head import add_head
 from cnn_jax.models.initializers import fan_in_uniform, partial_identity
 
 
@@ -51,10 +52,8 @@ class Airbench(nn.Module):
             x = Group(widths, config.activation, dtype, name=f"group{i}")(x, train)
         x = layers.MaxPool((3, 3), (3, 3), name="pool")(x)
         x = x.reshape((x.shape[0], -1))
-        head = layers.Dense(
-            self.n_classes, use_bias=False, dtype=dtype, kernel_init=fan_in_uniform, name="head"
-        )
-        return head(x).astype(jnp.float32) / 9
+        logits = add_head(x, config, self.n_classes, use_bias=False, kernel_init=fan_in_uniform)
+        return logits if config.mean_head else logits / 9
 
 
 class Group(nn.Module):
