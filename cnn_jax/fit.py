@@ -195,9 +195,7 @@ def _check(config: Config, dataset: ImageDataset, setup: Setup) -> None:
     if setup.total_steps >= 2**31:
         raise UserError(f"train.epochs: {setup.total_steps} steps are more than int32 can count")
     names = inspection.param_names(setup.model, setup.image_shape)
-    if isinstance(config.optim.weight_decay, tuple):
-        optim.check_groups("optim.weight_decay", config.optim.weight_decay, names)
-    optim.check_groups("optim.groups", setup.groups, names)
+    optim.check_names(config.optim, setup.groups, names)
     mesh.check_batch_size(setup.config.train.batch_size)
     capacity.check(setup, dataset)
 
