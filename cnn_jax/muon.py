@@ -54,13 +54,13 @@ def orthogonalize(matrix: Float[Array, "rows columns"], steps: int) -> Float[Arr
     factors of the products are in bfloat16, whose rounding is small beside that spread.
     """
     x = matrix / (jnp.linalg.norm(matrix) + _EPSILON)
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = x.T if is_tall else x  # The squares below then have the smaller side.
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    x = x.T if is_wide else x  # The squares below then have the smaller side.
     a, b, c = _COEFFICIENTS
     for _ in range(steps):
-        square = _product(x, x.T)
-        x = a * x + _product(b * square + c * _product(square, square), x)
-    return x.T if is_tall else x
+        square = _product(x.T, x)
+        x = a * x + _product(x, b * square + c * _product(square, square))
+    return x.T if is_wide else x
 
 
 def _product(left: Array, right: Array) -> Array:
