@@ -97,6 +97,8 @@ class AugmentConfig(Section, prefix="augment."):
     2020)."""
     cutout: int = 0
     """Side in pixels of a square that is zeroed in each image (DeVries and Taylor, 2017)."""
+    cutout_inside: bool = False
+    """Keep the square of cutout wholly inside the image, instead of its centre."""
     erase: float = 0.0
     """Probability that a random rectangle of an image is replaced by noise (Zhong et al., 2020)."""
     mixup: float = 0.0
@@ -111,13 +113,19 @@ class AugmentConfig(Section, prefix="augment."):
     @property
     def changes_training(self) -> bool:
         """Whether training images are changed."""
-        off = AugmentConfig(test_time=self.test_time, randaugment=(0, self.randaugment[1]))
+        off = AugmentConfig(
+            test_time=self.test_time,
+            randaugment=(0, self.randaugment[1]),
+            cutout_inside=self.cutout_inside,
+        )
         return self != off
 
     def check(self) -> None:
         """Refuses values that are out of range."""
         _check(self.translate >= 0, "augment.translate must be 0 or more")
         _check(self.cutout >= 0, "augment.cutout must be 0 or more")
+        read = self.cutout or not self.cutout_inside
+        _check(bool(read), "augment.cutout_inside is read only with augment.cutout")
         _check(0 <= self.random_crop <= 1, "augment.random_crop must be in [0, 1]")
         *factors, hue = self.color
         _check(all(0 <= x <= 1 for x in factors), "augment.color must have factors in [0, 1]")
@@ -141,6 +149,7 @@ class ModelConfig(Section, prefix="model."):
             "vgg",
             "vgg16",
             "airbench",
+            "airbench_residual",
             "resnet_small",
             "resnet18",
             "resnet34",
@@ -151,7 +160,8 @@ class ModelConfig(Section, prefix="model."):
         ),
     ] = "simple_cnn"
     """`simple_cnn` and `vgg` are the chapter's; `vgg16` averages the last feature maps to 7x7, as
-    the ImageNet network does; `airbench` is that of Jordan (2024); `resnet_small` is that of He et
+    the ImageNet network does; `airbench` and `airbench_residual` are Jordan's (2024), of airbench94
+    and airbench96; `resnet_small` is that of He et
     al. (2015), section 4.2, `resnet18` to `resnet50` those of table 1; `efficientnet_lite0` to
     `lite2` are made for phones. FILE.py:NAME is a function of this section and the number of
     classes that returns a linen module."""

@@ -190,7 +190,7 @@ def _check(config: Config, dataset: ImageDataset, setup: Setup) -> None:
     side = min(setup.image_shape[:2])
     if config.augment.translate >= side:
         raise UserError(f"augment.translate must be less than the images' side, {side}")
-    if config.augment.cutout >= 2 * side - 1:
+    if config.augment.cutout >= (side if config.augment.cutout_inside else 2 * side - 1):
         raise UserError(f"augment.cutout hides all of an image with sides of {side} pixels")
     if setup.total_steps >= 2**31:
         raise UserError(f"train.epochs: {setup.total_steps} steps are more than int32 can count")

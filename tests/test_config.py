@@ -154,6 +154,11 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (DataConfig, {"classes": ("a",)}, "data.classes must name two classes or more"),
     (AugmentConfig, {"translate": -1}, "augment.translate must be 0 or more"),
     (AugmentConfig, {"cutout": -1}, "augment.cutout must be 0 or more"),
+    (
+        AugmentConfig,
+        {"cutout_inside": True},
+        "augment.cutout_inside is read only with augment",
+    ),
     (ModelConfig, {"dense": (0,)}, "model.blocks and model.dense must be positive widths"),
     (ModelConfig, {"blocks": ((4, -1),)}, "model.blocks and model.dense must be positive widths"),
     (ModelConfig, {"blocks": ((),)}, "model.blocks must have widths in each block"),

@@ -479,6 +479,10 @@ def test_resnet_starts_as_he_et_al_do():
         ),
         ({"name": "resnet_small", "dense": (), "blocks": ()}, "resnet_small needs model.blocks, s"),
         ({"name": "vgg", "blocks": ()}, "vgg needs model.blocks, such as [[64,64],[128,128]]"),
+        (
+            {"name": "airbench_residual", "dense": (), "blocks": ((4, 4), (4, 5))},
+            "airbench_residual needs two or more equal widths in each block of model.blocks",
+        ),
         ({"name": "airbench", "dense": (), "dropout": 0.5}, "airbench needs model.blocks, and has"),
         ({"dropout": 0.5, "dense": ()}, "model.dropout follows the hidden dense layers, and model"),
         (

@@ -1,4 +1,4 @@
-"""Muon against an SVD, optax's own and steps computed by hand; and the config airbench_muon."""
+"""Muon against an SVD, optax's own and steps computed by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.data import colours
+from helpers.newton_schulz import orthogonal, polynomial
 from helpers.training import edit, fit, fit_until, initial, leaves, no_dropout, quiet, run
 
-from cnn_jax import configs, losses, muon, optim, trees
+from cnn_jax import muon, optim, trees
 from cnn_jax.config import Config, OptimConfig
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
 from cnn_jax.runs.folder import RunFolder
-from cnn_jax.step import Batch, Setup, train_step
 from cnn_jax.tools import find_rate
 
 MUON = OptimConfig(name="muon", learning_rate=0.1, muon=(".*kernel", 0.6, 3))
@@ -24,20 +23,6 @@ MUON = OptimConfig(name="muon", learning_rate=0.1, muon=(".*kernel", 0.6, 3))
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def polynomial(values: np.ndarray, steps: int) -> np.ndarray:
-    """Returns what Newton-Schulz makes of singular values."""
-    values = values / np.linalg.norm(values)
-    for _ in range(steps):
-        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    return values
-
-
-def orthogonal(matrix: np.ndarray, steps: int) -> np.ndarray:
-    """Returns what Newton-Schulz makes of a matrix, by its SVD in float64."""
-    left, values, right = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
-    return left * polynomial(values, steps) @ right
 
 
 @pytest.mark.parametrize("shape", [(30, 30), (72, 16), (16, 72)])
@@ -203,59 +188,3 @@ def test_muon_learns(tiny: Config, dataset: ImageDataset):
     config = no_dropout(edit(tiny, optim={"name": "muon", "learning_rate": 0.05}))
     _, seen = run(config, dataset, 20)
     assert seen[-3:].mean() < 0.3 * seen[:3].mean()
-
-
-def test_airbench_muon_is_the_recipe():
-    config = configs.get("airbench_muon")
-    n = 50_000 // config.train.batch_size
-    schedule = optim.make_schedule(config.optim, n, config.train.epochs)
-    np.testing.assert_allclose([schedule(s) for s in (0, 50, 199)], [0.24, 0.18, 0.0012], rtol=1e-5)
-    rates = {p: m[0][1] if isinstance(m, tuple) else m for p, m in config.optim.groups}
-    decays = dict(config.optim.weight_decay)
-    for pattern, decayed, of_sum in (
-        (".*norm./bias", ".*bias", 0.053),
-        ("whiten/bias", ".*bias", 0.053),
-        ("head/.*", "head/.*", 0.67),
-    ):
-        assert 0.24 * rates[pattern] / 2000 == pytest.approx(of_sum)
-        assert decays[decayed] * 2000 == pytest.approx(4e-3 / of_sum)
-
-
-def test_a_step_of_airbench_muon_by_hand():
-    """At small widths: the gradient by JAX, and what the recipe makes of it in numpy."""
-    base = configs.get("airbench_muon")
-    config = edit(
-        base,
-        model={"blocks": ((4, 4), (6, 6))},
-        train={"batch_size": 20},
-        augment={"flip": "none", "translate": 0},
-    )
-    dataset = colours(60, 9, 9, size=16)
-    setup, state = Setup.of(config, dataset), initial(config, dataset)
-    images, labels = dataset.train.images[:20], dataset.train.labels[:20]
-    batch = Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(20))
-    found, *_ = train_step(setup, state, batch, jax.random.key(0))
-
-    mean, std = (np.array(x, np.float32) for x in config.data.normalize)
-    pixels = (images / np.float32(255) - mean) / std
-
-    def summed_loss(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, _ = setup.model.apply(variables, pixels, train=True, mutable=["batch_stats"])
-        return losses.cross_entropy(logits, jnp.asarray(labels), 0.2).sum()
-
-    grads, before = leaves(jax.grad(summed_loss)(state.params)), leaves(state.params)
-    for name, leaf in leaves(found.params).items():
-        p, g = before[name], grads[name]
-        if name == "whiten/kernel":
-            expected = p
-        elif name.startswith("group") and name.endswith("kernel"):
-            scaled = p * np.sqrt(p.shape[-1]) / np.linalg.norm(p)
-            step = orthogonal(g.reshape(-1, g.shape[-1]), 3).reshape(g.shape)
-            expected = scaled - 0.24 * step
-        else:
-            # A batch of 20 of which each example counts as 100 of the recipe's.
-            rate = 100 * (0.67 if name == "head/kernel" else 0.053)
-            g = g + 4e-3 / rate * p
-            expected = p - rate * (1 + 0.85) * g
-        np.testing.assert_allclose(leaf, expected, atol=5e-3, rtol=1e-3, err_msg=name)
