@@ -74,8 +74,9 @@ def test_values_from_python_take_the_fields_types() -> None:
         (
             ModelConfig,
             {"name": "vgg61"},
-            "model.name=vgg61: expected simple_cnn|vgg|vgg16|airbench|airbench_residual|resnet_small|resnet18|"
-            "resnet34|resnet50|efficientnet_lite0|efficientnet_lite1|efficientnet_lite2 "
+            "model.name=vgg61: expected simple_cnn|vgg|vgg16|airbench|airbench_residual|"
+            "resnet_small|resnet18|resnet34|resnet50|"
+            "efficientnet_lite0|efficientnet_lite1|efficientnet_lite2 "
             "(did you mean vgg16?)",
         ),
         (TrainConfig, {"skip_nonfinite": 1}, "train.skip_nonfinite=1: expected true|false"),
