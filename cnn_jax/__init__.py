@@ -17,9 +17,10 @@ THE CORE, in reading order. From `main` to the update of the parameters are five
 
 Around it:
 
-    models/         airbench.py, efficientnet.py, initial values, whitening; weights.py: those of
-                    PyTorch's libraries; inspection.py: outputs of named modules, summaries, what is
-                    frozen
+    muon.py         an optimizer for the kernels inside a network
+    models/         airbench.py, efficientnet.py, head.py, initial values, whitening; weights.py:
+                    those of PyTorch's libraries; inspection.py: outputs of named modules,
+                    summaries, what is frozen
     layers.py       convolution, dense and pooling layers; kernels/ computes them, fast on a CPU
     mesh.py         one mesh of all devices; backend.py: what JAX reads once
     memory.py       what is free, cgroups.py: limits of containers, capacity.py: what training needs

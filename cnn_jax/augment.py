@@ -248,16 +248,21 @@ def _reflect(index: Array, size: int) -> Array:
 
 
 def cutout(
-    images: Float[Array, "batch height width channels"], key: Key[Array, ""], side: int
+    images: Float[Array, "batch height width channels"],
+    key: Key[Array, ""],
+    side: int,
+    inside: bool = False,
 ) -> Float[Array, "batch height width channels"]:
     """Zeroes a square of `side` pixels around a random centre, clipped at the border.
 
-    The centre is any pixel of the image (DeVries and Taylor, 2017, section 3.2). Zero is the mean
-    colour where `normalize` was given the mean, and black otherwise.
+    The centre is any pixel of the image (DeVries and Taylor, 2017, section 3.2). With `inside` the
+    square is any that fits, as in airbench96 (Jordan, 2024). Zero is the mean colour where
+    `normalize` was given the mean, and black otherwise.
     """
     n, height, width, _ = images.shape
-    centre = jax.random.randint(key, (n, 2, 1), 0, jnp.array([[[height], [width]]]))
-    start = centre - side // 2
+    cut = side - 1 if inside else 0
+    first = jax.random.randint(key, (n, 2, 1), 0, jnp.array([[[height - cut], [width - cut]]]))
+    start = first if inside else first - side // 2
     rows, columns = jnp.arange(height)[None], jnp.arange(width)[None]
     in_rows = (rows >= start[:, 0]) & (rows < start[:, 0] + side)
     in_columns = (columns >= start[:, 1]) & (columns < start[:, 1] + side)
@@ -278,7 +283,7 @@ def augment(
     if config.translate:
         images = translate(images, translate_key, config.translate)
     if config.cutout:
-        images = cutout(images, cutout_key, config.cutout)
+        images = cutout(images, cutout_key, config.cutout, config.cutout_inside)
     return images
 
 

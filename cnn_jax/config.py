@@ -97,6 +97,8 @@ class AugmentConfig(Section, prefix="augment."):
     2020)."""
     cutout: int = 0
     """Side in pixels of a square that is zeroed in each image (DeVries and Taylor, 2017)."""
+    cutout_inside: bool = False
+    """Keep the square of cutout wholly inside the image, instead of its centre."""
     erase: float = 0.0
     """Probability that a random rectangle of an image is replaced by noise (Zhong et al., 2020)."""
     mixup: float = 0.0
@@ -111,13 +113,19 @@ class AugmentConfig(Section, prefix="augment."):
     @property
     def changes_training(self) -> bool:
         """Whether training images are changed."""
-        off = AugmentConfig(test_time=self.test_time, randaugment=(0, self.randaugment[1]))
+        off = AugmentConfig(
+            test_time=self.test_time,
+            randaugment=(0, self.randaugment[1]),
+            cutout_inside=self.cutout_inside,
+        )
         return self != off
 
     def check(self) -> None:
         """Refuses values that are out of range."""
         _check(self.translate >= 0, "augment.translate must be 0 or more")
         _check(self.cutout >= 0, "augment.cutout must be 0 or more")
+        read = self.cutout or not self.cutout_inside
+        _check(bool(read), "augment.cutout_inside is read only with augment.cutout")
         _check(0 <= self.random_crop <= 1, "augment.random_crop must be in [0, 1]")
         *factors, hue = self.color
         _check(all(0 <= x <= 1 for x in factors), "augment.color must have factors in [0, 1]")
@@ -141,6 +149,7 @@ class ModelConfig(Section, prefix="model."):
             "vgg",
             "vgg16",
             "airbench",
+            "airbench_residual",
             "resnet_small",
             "resnet18",
             "resnet34",
@@ -151,7 +160,8 @@ class ModelConfig(Section, prefix="model."):
         ),
     ] = "simple_cnn"
     """`simple_cnn` and `vgg` are the chapter's; `vgg16` averages the last feature maps to 7x7, as
-    the ImageNet network does; `airbench` is that of Jordan (2024); `resnet_small` is that of He et
+    the ImageNet network does; `airbench` and `airbench_residual` are Jordan's (2024), of airbench94
+    and airbench96; `resnet_small` is that of He et
     al. (2015), section 4.2, `resnet18` to `resnet50` those of table 1; `efficientnet_lite0` to
     `lite2` are made for phones. FILE.py:NAME is a function of this section and the number of
     classes that returns a linen module."""
@@ -172,6 +182,9 @@ class ModelConfig(Section, prefix="model."):
     initializer: Literal["glorot_uniform", "he_uniform", "narrow_uniform"] = "glorot_uniform"
     """Kernels are drawn from U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), sqrt(6 / fan_in) or
     0.01; residual networks and `airbench` have their own initial values."""
+    mean_head: bool = False
+    """Divide the logits by the number of the head's inputs, and start the head's kernel with a
+    standard deviation of 1 (Jordan's recipe with Muon)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of the arithmetic; parameters are always float32."""
 
@@ -211,19 +224,27 @@ class InitConfig(Section, prefix="init."):
 class OptimConfig(Section, prefix="optim."):
     """The optimizer and its learning-rate schedule."""
 
-    name: Annotated[str, Choices("momentum", "sgd", "nesterov", "adam", "adamw", "rmsprop")] = (
-        "momentum"
-    )
-    """FILE.py:NAME is a function of this section that returns an optax transformation with a
-    learning rate of 1."""
+    name: Annotated[
+        str, Choices("momentum", "sgd", "nesterov", "adam", "adamw", "rmsprop", "muon")
+    ] = "momentum"
+    """`muon` makes the steps of kernels orthogonal matrices (Jordan, 2024), and is `nesterov` for
+    all other parameters. FILE.py:NAME is a function of this section that returns an optax
+    transformation with a learning rate of 1."""
     learning_rate: float = 0.01
     """Peak learning rate."""
     momentum: float = 0.9
-    """Decay of the velocity of `momentum` and `nesterov`."""
+    """Decay of the velocity of `momentum` and `nesterov`; for the latter's part of `muon` too."""
+    muon: tuple[str, float, int] = ("(?!head/|whiten/).*kernel", 0.95, 5)
+    """The kernels that `muon` makes orthogonal, as a regular expression for their full names; the
+    decay of their velocity; and the number of Newton-Schulz steps. A first layer that init.whiten
+    sets, and the head, should not be among them."""
+    renormalize: str = ""
+    """Regular expression: before each step, kernels whose full names match are scaled to a norm of
+    sqrt(outputs), as Jordan does with those that BatchNorm follows. Empty: none."""
     weight_decay: float | tuple[tuple[str, float], ...] = 0.0
     """A number applies to all kernels and to no bias. (pattern, decay) pairs apply to parameters
-    whose full names match; the first match wins. Decoupled in `adamw`, otherwise added to the
-    gradient."""
+    whose full names match; the first match wins. Decoupled in `adamw` and for the kernels that
+    `muon` makes orthogonal, otherwise added to the gradient."""
     clip_norm: float = 0.0
     """Largest global norm of the gradient. 0: no clipping."""
     schedule: Literal["constant", "cosine", "linear"] | tuple[tuple[float, float], ...] = "constant"
@@ -236,8 +257,9 @@ class OptimConfig(Section, prefix="optim."):
     groups: Groups = ()
     """(pattern, multiplier) pairs such as [["head/.*",1],["{last}/.*",0.1],[".*",null]]: the first
     pattern that matches a parameter's full name gives the multiplier of its learning rate. null
-    freezes it; [[0,null],[3,0.1]] freezes it and trains it from epoch 3 on. "{last}" matches the
-    last block and the hidden dense layers above it. Empty: all parameters are trained alike."""
+    freezes it; [[0,null],[3,0.1]] freezes it and trains it from epoch 3 on; [[0,1],[3,0]] takes it
+    through the whole schedule in 3 epochs and then freezes it. "{last}" matches the last block and
+    the hidden dense layers above it. Empty: all parameters are trained alike."""
 
     def check(self) -> None:
         """Refuses values that are out of range or do not fit together."""
@@ -255,14 +277,27 @@ class OptimConfig(Section, prefix="optim."):
             not end or self.schedule in ("cosine", "linear"),
             f"optim.ends: the end {end:g} is read only with optim.schedule=cosine or linear",
         )
-        reads_momentum = self.name in ("momentum", "nesterov") or is_user_code(self.name)
+        reads_momentum = self.name in ("momentum", "nesterov", "muon") or is_user_code(self.name)
         _check(
             reads_momentum or self.momentum == OptimConfig.momentum,
-            f"optim.momentum is read only with optim.name=momentum or nesterov, not {self.name}",
+            "optim.momentum is read only with optim.name=momentum, nesterov or muon, not "
+            f"{self.name}",
         )
+        self._check_muon()
         self._check_schedule()
         self._check_weight_decay()
         self._check_groups()
+
+    def _check_muon(self) -> None:
+        kernels, momentum, steps = self.muon
+        _check_pattern("optim.muon", kernels)
+        _check(0 <= momentum < 1, "optim.muon must have a decay of the velocity in [0, 1)")
+        _check(steps > 0, "optim.muon must have 1 Newton-Schulz step or more")
+        _check(
+            self.name == "muon" or is_user_code(self.name) or self.muon == OptimConfig.muon,
+            f"optim.muon is read only with optim.name=muon, not {self.name}",
+        )
+        _check_pattern("optim.renormalize", self.renormalize)
 
     def _check_schedule(self) -> None:
         if isinstance(self.schedule, str):
@@ -290,14 +325,20 @@ class OptimConfig(Section, prefix="optim."):
         steps = [m if isinstance(m, tuple) else ((0, m),) for _, m in self.groups]
         for (pattern, _), of_pattern in zip(self.groups, steps, strict=True):
             at = f"optim.groups: {pattern}"
-            positive = all(value is None or value > 0 for _, value in of_pattern)
+            rates = [rate for _, rate in of_pattern]
+            ends = rates[1:] and rates[-1] == 0 and rates[-2] is not None
+            positive = all(rate is None or rate > 0 for rate in (rates[:-1] if ends else rates))
             _check(positive, f"{at} must have a positive multiplier, or null to freeze")
+            _check(
+                not ends or self.schedule in ("cosine", "linear"),
+                f"{at}: the end 0 is read only with optim.schedule=cosine or linear",
+            )
             epochs = [epoch for epoch, _ in of_pattern]
             rising = epochs[:1] == [0] and epochs == sorted(set(epochs))
             _check(rising, f"{at} must have rising epochs from 0 on, such as [[0,null],[3,0.1]]")
         for now in sorted({epoch for of_pattern in steps for epoch, _ in of_pattern}):
             values = [[v for epoch, v in of_pattern if epoch <= now][-1] for of_pattern in steps]
-            frozen = all(value is None for value in values)
+            frozen = not any(values)
             _check(not frozen, f"optim.groups freezes all parameters from epoch {now} on")
 
 

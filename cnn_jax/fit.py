@@ -190,14 +190,12 @@ def _check(config: Config, dataset: ImageDataset, setup: Setup) -> None:
     side = min(setup.image_shape[:2])
     if config.augment.translate >= side:
         raise UserError(f"augment.translate must be less than the images' side, {side}")
-    if config.augment.cutout >= 2 * side - 1:
+    if config.augment.cutout >= (side if config.augment.cutout_inside else 2 * side - 1):
         raise UserError(f"augment.cutout hides all of an image with sides of {side} pixels")
     if setup.total_steps >= 2**31:
         raise UserError(f"train.epochs: {setup.total_steps} steps are more than int32 can count")
     names = inspection.param_names(setup.model, setup.image_shape)
-    if isinstance(config.optim.weight_decay, tuple):
-        optim.check_groups("optim.weight_decay", config.optim.weight_decay, names)
-    optim.check_groups("optim.groups", setup.groups, names)
+    optim.check_names(config.optim, setup.groups, names)
     mesh.check_batch_size(setup.config.train.batch_size)
     capacity.check(setup, dataset)
 

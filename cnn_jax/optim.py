@@ -1,7 +1,10 @@
-"""Learning-rate schedules, optimizers and freezing, built from optax by the names in a config."""
+"""Learning-rate schedules, optimizers and freezing, built from optax by the names in a config.
+
+Only Muon is not optax's; see `muon`.
+"""
 
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,12 +12,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from cnn_jax import trees, user_code
+from cnn_jax import muon, trees, user_code
 from cnn_jax.config import OptimConfig, TrainConfig
 from cnn_jax.errors import UserError
 
 Groups = tuple[tuple[str, float | None], ...]
-"""(pattern, learning-rate multiplier) pairs at one epoch; None is frozen."""
+"""(pattern, learning-rate multiplier) pairs at one epoch; None is frozen, and 0 is frozen because
+the schedule has ended."""
 Phases = tuple[tuple[int, Groups], ...]
 """The groups by the epoch from which they hold: rising, the first from epoch 0."""
 
@@ -50,7 +54,13 @@ def multiplier(groups: Groups, name: str) -> float | None:
     if not groups:
         return 1.0
     group = group_of(groups, name)
-    return group[1] if group else None
+    return (group[1] or None) if group else None
+
+
+def end_of(phases: Phases, name: str) -> int | None:
+    """Returns the epoch at which a parameter's schedule ends; None where that is the run's."""
+    groups = ((start, group_of(groups, name)) for start, groups in phases)
+    return next((start for start, group in groups if group and group[1] == 0), None)
 
 
 def check_groups(
@@ -77,6 +87,23 @@ def check_groups(
             "unused patterns (they match nothing, or an earlier pattern matches it first): "
             f"{', '.join(unused) or 'none'}"
         )
+
+
+def check_names(config: OptimConfig, groups: Groups, names: Sequence[str]) -> None:
+    """Refuses patterns that do not fit the names of the parameters; `groups` are a phase's.
+
+    Raises:
+        UserError: names the field and the pattern.
+    """
+    if isinstance(config.weight_decay, tuple):
+        check_groups("optim.weight_decay", config.weight_decay, names)
+    check_groups("optim.groups", groups, names)
+    patterns = {"optim.renormalize": config.renormalize}
+    if config.name == "muon":
+        patterns["optim.muon"] = config.muon[0]
+    for field_name, pattern in patterns.items():
+        if pattern and not any(re.fullmatch(pattern, name) for name in names):
+            raise UserError(f"{field_name}: {pattern} matches no parameter")
 
 
 def trainable_part(params: Any, groups: Groups) -> Any:
@@ -150,7 +177,7 @@ def make_optimizer(
     steps = []
     if config.clip_norm:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.name != "adamw":
+    if config.name not in ("adamw", "muon"):
         steps += _weight_decays(config)
     if not any(isinstance(multiplier, tuple) for _, multiplier in config.groups):
         steps.append(_update_rule(config))
@@ -199,10 +226,40 @@ def _update_rule(config: OptimConfig) -> optax.GradientTransformation:
             optax.scale_by_adam(), *_weight_decays(config), optax.scale_by_learning_rate(1.0)
         ),
         "rmsprop": lambda: optax.rmsprop(1.0),
+        "muon": lambda: _muon(config),
     }
     if config.name in rules:
         return rules[config.name]()
     return user_code.load(config.name)(config)
+
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Returns Muon for the kernels of `optim.muon`, and Nesterov momentum for all else."""
+    pattern, momentum, steps = config.muon
+    decays = _weight_decays(config)
+    rules: dict[Hashable, optax.GradientTransformation] = {
+        True: optax.chain(
+            muon.scale_by_muon(momentum, steps), *decays, optax.scale_by_learning_rate(1.0)
+        ),
+        False: optax.chain(*decays, optax.sgd(1.0, momentum=config.momentum, nesterov=True)),
+    }
+    chosen = partial(_matches_kernel, "optim.muon", pattern)
+    return optax.partition(rules, partial(trees.map_named, chosen))
+
+
+def renormalize(config: OptimConfig, params: Any) -> Any:
+    """Returns the parameters with the kernels that `optim.renormalize` matches renormalised."""
+    matches = partial(_matches_kernel, "optim.renormalize", config.renormalize)
+    return trees.map_named(
+        lambda name, leaf: muon.renormalize(leaf) if matches(name, leaf) else leaf, params
+    )
+
+
+def _matches_kernel(field_name: str, pattern: str, name: str, leaf: Any) -> bool:
+    matches = re.fullmatch(pattern, name) is not None
+    if matches and leaf.ndim < 2:
+        raise UserError(f"{field_name}: {pattern} matches {name}, which is not a kernel")
+    return matches
 
 
 def _trained_since(phases: Phases, name: str) -> int:

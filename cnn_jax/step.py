@@ -122,6 +122,21 @@ class Setup:
             self.config.optim, self.steps_per_epoch, self.config.train.epochs
         )
 
+    def rate_share(self, name: str, step: Int[Array, ""]) -> Float[Array, ""] | float:
+        """Returns the share of the learning rate that a parameter has whose schedule ends early.
+
+        1 for all others.
+        """
+        end = optim.end_of(self._all_phases, name)
+        if end is None:
+            return 1.0
+        per_epoch, epochs = self.steps_per_epoch, self.config.train.epochs
+        whole, own = (
+            jnp.asarray(optim.make_schedule(self.config.optim, per_epoch, n)(step))
+            for n in (epochs, min(end, epochs))
+        )
+        return jnp.where(own > 0, own / whole, 0.0)
+
     @property
     def total_steps(self) -> int:
         """The number of steps of the whole run."""
@@ -291,9 +306,9 @@ def train_step(
 
     def update(state: TrainState) -> TrainState:
         trainable = optim.trainable_part(state.params, setup.groups)
+        trainable = optim.renormalize(setup.config.optim, trainable)
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, trainable)
-        rate = learning_rate(setup, state.step)
-        trainable = optax.apply_updates(trainable, jax.tree.map(lambda u: rate * u, updates))
+        trainable = optax.apply_updates(trainable, _at_rates(setup, updates, state.step))
         new, average = _averaged(setup, state, {"params": trainable, "batch_stats": batch_stats})
         return replace(
             state,
@@ -311,6 +326,12 @@ def train_step(
 def learning_rate(setup: Setup, step: Int[Array, ""]) -> Float[Array, ""]:
     """Returns the learning rate of the step after `step` steps, skipped ones included."""
     return jnp.asarray(setup.schedule(step), jnp.float32)
+
+
+def _at_rates(setup: Setup, updates: Any, step: Int[Array, ""]) -> Any:
+    """Returns updates of a learning rate of 1 at the rates that the parameters have in a step."""
+    rate = learning_rate(setup, step)
+    return trees.map_named(lambda name, u: rate * setup.rate_share(name, step) * u, updates)
 
 
 def _training_view(setup: Setup, batch: Batch, key: Array) -> tuple[Array, Array]:

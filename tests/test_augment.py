@@ -55,6 +55,14 @@ def test_cutout_zeroes_a_square_clipped_at_the_border():
     np.testing.assert_array_equal(kept, MANY)
 
 
+def test_cutout_inside_zeroes_any_square_that_fits():
+    holes = np.asarray(augment.cutout(MANY, KEY, 4, inside=True) == 0)
+    assert np.array_equal(holes.all(axis=-1), holes.any(axis=-1))
+    assert (holes[..., 0].sum(axis=(1, 2)) == 16).all()
+    corners = {tuple(np.argwhere(hole)[0]) for hole in holes[..., 0]}
+    assert corners == {(row, column) for row in range(3) for column in range(3)}
+
+
 def test_augment_without_options_is_the_identity():
     same = augment.augment(RAMP, KEY, AugmentConfig())
     np.testing.assert_array_equal(same, RAMP)

@@ -74,8 +74,9 @@ def test_values_from_python_take_the_fields_types() -> None:
         (
             ModelConfig,
             {"name": "vgg61"},
-            "model.name=vgg61: expected simple_cnn|vgg|vgg16|airbench|resnet_small|resnet18|"
-            "resnet34|resnet50|efficientnet_lite0|efficientnet_lite1|efficientnet_lite2 "
+            "model.name=vgg61: expected simple_cnn|vgg|vgg16|airbench|airbench_residual|"
+            "resnet_small|resnet18|resnet34|resnet50|"
+            "efficientnet_lite0|efficientnet_lite1|efficientnet_lite2 "
             "(did you mean vgg16?)",
         ),
         (TrainConfig, {"skip_nonfinite": 1}, "train.skip_nonfinite=1: expected true|false"),
@@ -154,6 +155,11 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (DataConfig, {"classes": ("a",)}, "data.classes must name two classes or more"),
     (AugmentConfig, {"translate": -1}, "augment.translate must be 0 or more"),
     (AugmentConfig, {"cutout": -1}, "augment.cutout must be 0 or more"),
+    (
+        AugmentConfig,
+        {"cutout_inside": True},
+        "augment.cutout_inside is read only with augment",
+    ),
     (ModelConfig, {"dense": (0,)}, "model.blocks and model.dense must be positive widths"),
     (ModelConfig, {"blocks": ((4, -1),)}, "model.blocks and model.dense must be positive widths"),
     (ModelConfig, {"blocks": ((),)}, "model.blocks must have widths in each block"),
@@ -163,6 +169,14 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
     (OptimConfig, {"learning_rate": -0.1}, "optim.learning_rate must be positive"),
     (OptimConfig, {"momentum": 1.0}, "optim.momentum must be in [0, 1)"),
     (OptimConfig, {"weight_decay": -1.0}, "optim.weight_decay must be 0 or more"),
+    (OptimConfig, {"muon": ("a(", 0.9, 5)}, "optim.muon: invalid regular expression a("),
+    (
+        OptimConfig,
+        {"muon": ("a", 1.0, 5)},
+        "optim.muon must have a decay of the velocity in [0, 1)",
+    ),
+    (OptimConfig, {"muon": ("a", 0.9, 0)}, "optim.muon must have 1 Newton-Schulz step or more"),
+    (OptimConfig, {"renormalize": "a("}, "optim.renormalize: invalid regular expression a("),
     (OptimConfig, {"clip_norm": -1.0}, "optim.clip_norm must be 0 (off) or more"),
     (OptimConfig, {"warmup_epochs": -1.0}, "optim.warmup_epochs must be 0 or more"),
     (OptimConfig, {"ends": (0.0, 1.1)}, "optim.ends must be in [0, 1]"),
@@ -194,7 +208,7 @@ OUT_OF_RANGE: list[tuple[type, dict[str, Any], str]] = [
             {"groups": ((".*", multiplier),)},
             "optim.groups: .* must have a positive multiplier, or null to freeze",
         )
-        for multiplier in (0.0, -1.0, ((0, 1.0), (2, 0.0)))
+        for multiplier in (0.0, -1.0, ((0, 0.0), (2, 1.0)), ((0, None), (2, 0.0)))
     ),
     *(
         (
@@ -295,7 +309,15 @@ def test_out_of_range(section: type, values: dict[str, Any], message: str) -> No
     [
         (
             {"name": "adam", "momentum": 0.5},
-            "optim.momentum is read only with optim.name=momentum or nesterov, not adam",
+            "optim.momentum is read only with optim.name=momentum, nesterov or muon, not adam",
+        ),
+        (
+            {"muon": ("fc1/kernel", 0.9, 5)},
+            "optim.muon is read only with optim.name=muon, not momentum",
+        ),
+        (
+            {"groups": (("a", ((0, 1.0), (2, 0.0))), (".*", 1.0))},
+            "optim.groups: a: the end 0 is read only with optim.schedule=cosine or linear",
         ),
         (
             {"ends": (0.0, 0.1)},

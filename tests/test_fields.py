@@ -132,7 +132,7 @@ def test_fields_are_checked_together() -> None:
         ("model.blocks=[[1", "model.blocks=[[1: expected a list such as [[1,1],[1,1]]"),
         (
             "optim.name=adm",
-            "optim.name=adm: expected momentum|sgd|nesterov|adam|adamw|rmsprop "
+            "optim.name=adm: expected momentum|sgd|nesterov|adam|adamw|rmsprop|muon "
             "(did you mean adam?)",
         ),
         (

@@ -239,6 +239,10 @@ def test_a_damaged_best_checkpoint_is_not_replaced_by_the_last_state(
     [
         ({"augment": {"translate": 8}}, "augment.translate must be less than the images' side, 8"),
         ({"augment": {"cutout": 15}}, "augment.cutout hides all of an image with sides of 8"),
+        (
+            {"augment": {"cutout": 8, "cutout_inside": True}},
+            "augment.cutout hides all of an image with sides of 8",
+        ),
         ({"train": {"epochs": 2**30}}, "train.epochs: 3221225472 steps are more than int32"),
         (
             {"optim": {"weight_decay": (("haed/.*", 0.1), (".*/kernel", 0.2))}},

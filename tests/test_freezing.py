@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.data import noise
-from helpers.training import HEAD, edit, fit, initial, leaves, run
+from helpers.training import HEAD, edit, fit, initial, leaves, no_dropout, run
 
 from cnn_jax import configs, kernels, models, optim
 from cnn_jax.config import Config, ModelConfig
@@ -276,3 +276,32 @@ def test_a_residual_network_learns(tiny: Config, dataset: ImageDataset):
     config = edit(replace(tiny, model=RESNET), optim={"learning_rate": 0.05})
     _, losses = run(config, dataset, 30)
     assert losses[-3:].mean() < 0.3 * losses[:3].mean()
+
+
+def test_a_schedule_that_ends_early_is_gone_through_by_then(tiny: Config, dataset: ImageDataset):
+    """Three steps an epoch: 2 (1 - s / 6) instead of 1 - s / 12; then the bias is frozen."""
+    groups = (("fc1/bias", ((0, 2.0), (2, 0.0))), (".*", 1.0))
+    config = edit(
+        no_dropout(tiny),
+        optim={"name": "sgd", "schedule": "linear", "learning_rate": 0.3, "groups": groups},
+        train={"epochs": 4},
+    )
+    setup, plain = Setup.of(config, dataset), edit(config, optim={"groups": ()})
+    images, labels = dataset.train.images[:8], dataset.train.labels[:8]
+    batch = Batch(jnp.asarray(images), jnp.asarray(labels), jnp.ones(8))
+    state = initial(config, dataset)
+    for s in (0, 1, 5):
+        moved = []
+        for one in (config, plain):
+            start = replace(initial(one, dataset), step=jnp.int32(s))
+            after, *_ = train_step(Setup.of(one, dataset), start, batch, jax.random.key(0))
+            moved.append(leaves(after.params))
+        for name, before in leaves(state.params).items():
+            ratio = 2 * (1 - s / 6) / (1 - s / 12) if name == "fc1/bias" else 1.0
+            own, whole = (leaf[name] - before for leaf in moved)
+            np.testing.assert_allclose(own, ratio * whole, rtol=1e-3, atol=1e-7, err_msg=name)
+    assert not np.array_equal(moved[1]["fc1/bias"], leaves(state.params)["fc1/bias"])
+    assert optim.multiplier(setup.at(1).groups, "fc1/bias") == 2.0
+    assert optim.multiplier(setup.at(2).groups, "fc1/bias") is None
+    shorter = Setup.of(edit(config, train={"epochs": 1}), dataset)
+    assert float(shorter.rate_share("fc1/bias", jnp.int32(2))) == pytest.approx(1.0)

@@ -479,6 +479,10 @@ def test_resnet_starts_as_he_et_al_do():
         ),
         ({"name": "resnet_small", "dense": (), "blocks": ()}, "resnet_small needs model.blocks, s"),
         ({"name": "vgg", "blocks": ()}, "vgg needs model.blocks, such as [[64,64],[128,128]]"),
+        (
+            {"name": "airbench_residual", "dense": (), "blocks": ((4, 4), (4, 5))},
+            "airbench_residual needs two or more equal widths in each block of model.blocks",
+        ),
         ({"name": "airbench", "dense": (), "dropout": 0.5}, "airbench needs model.blocks, and has"),
         ({"dropout": 0.5, "dense": ()}, "model.dropout follows the hidden dense layers, and model"),
         (
@@ -581,3 +585,24 @@ def test_airbench_refuses_images_that_its_pools_would_use_up():
     assert rows(AIRBENCH, (13, 13, 3))[-2].output_shape == (1, 1, 5)
     with pytest.raises(UserError, match="2 blocks need images of 13x13 or larger, not 12x14"):
         rows(AIRBENCH, (12, 14, 3))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelConfig(name="vgg", blocks=((4,),), dense=(6,)),
+        ModelConfig(name="airbench", blocks=((4, 4),), dense=(), activation="gelu"),
+        ModelConfig(name="resnet_small", blocks=((4,), (6,)), dense=()),
+    ],
+    ids=lambda model: model.name,
+)
+def test_a_mean_head_starts_with_a_deviation_of_1_and_averages_its_inputs(model: ModelConfig):
+    plain, mean = (models.build(replace(model, mean_head=m), 5) for m in (False, True))
+    variables = jax.jit(plain.init)(jax.random.key(0), WIDE)
+    started = jax.jit(mean.init)(jax.random.key(0), WIDE)
+    kernel, drawn = (np.asarray(v["params"]["head"]["kernel"]) for v in (started, variables))
+    assert kernel.std(ddof=1) == pytest.approx(1, rel=1e-5)
+    np.testing.assert_allclose(kernel / kernel[0, 0], drawn / drawn[0, 0], rtol=1e-4)
+    logits, mean_logits = (jax.jit(net.apply)(variables, WIDE) for net in (plain, mean))
+    factor = 9 if model.name == "airbench" else 1
+    np.testing.assert_allclose(mean_logits, logits * factor / len(kernel), rtol=1e-5, atol=1e-7)

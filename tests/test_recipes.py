@@ -17,6 +17,7 @@ NETWORKS = {
     "vgg": configs.get("quickstart").model,
     "vgg16": replace(VGG16, dense=(8, 8)),
     "airbench": configs.get("airbench").model,
+    "airbench_residual": configs.get("airbench96").model,
     "resnet_small": configs.get("resnet_small").model,
 }
 NETWORKS |= {

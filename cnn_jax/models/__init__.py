@@ -20,6 +20,7 @@ NETWORKS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "vgg": chapter.vgg,
     "vgg16": chapter.vgg16,
     "airbench": airbench.airbench,
+    "airbench_residual": airbench.airbench_residual,
     "resnet_small": resnet.resnet_small,
     "resnet18": resnet.resnet,
     "resnet34": resnet.resnet,

@@ -10,6 +10,7 @@ from cnn_jax import layers
 from cnn_jax.config import ModelConfig
 from cnn_jax.errors import UserError
 from cnn_jax.models.checks import check_dense, check_image_side
+from cnn_jax.models.head import add_head
 from cnn_jax.models.initializers import INITIALIZERS
 
 
@@ -112,16 +113,17 @@ def classify(
 
     Dropout, where the config has it, follows each hidden layer and is a part of it.
     """
-    dense = partial(
+    hidden = partial(
         layers.Dense,
+        activation=config.activation,
+        dropout=config.dropout,
         kernel_init=INITIALIZERS[config.initializer],
         dtype=jnp.dtype(config.dtype),
     )
-    hidden = partial(dense, activation=config.activation, dropout=config.dropout)
     x = x.reshape((x.shape[0], -1))
     for i, width in enumerate(config.dense, start=1):
         x = hidden(width, name=f"fc{i}")(x, train)
-    return dense(n_classes, name="head")(x).astype(jnp.float32)
+    return add_head(x, config, n_classes, kernel_init=INITIALIZERS[config.initializer])
 
 
 def simple_cnn(config: ModelConfig, n_classes: int) -> nn.Module:

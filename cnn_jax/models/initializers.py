@@ -72,3 +72,13 @@ def partial_identity(
     first = jnp.arange(min(channels))
     kernel = fan_in_uniform(key, shape, dtype).at[..., first].set(0)
     return kernel.at[height // 2, width // 2, first, first].set(1)
+
+
+def of_unit_deviation(initializer: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns the initializer whose arrays are those of another, divided by their deviation."""
+
+    def draw(key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        array = initializer(key, shape, dtype)
+        return array / jnp.std(array, ddof=1)
+
+    return draw

@@ -11,6 +11,7 @@ from cnn_jax.config import ModelConfig
 from cnn_jax.errors import UserError
 from cnn_jax.models.batch_norm import BatchNorm
 from cnn_jax.models.checks import check_fixed_settings, check_image_side
+from cnn_jax.models.head import add_head
 
 _EXPANSION = 4
 """Times the width of a bottleneck block that its result is wide."""
@@ -186,8 +187,7 @@ def classify_means(
     x = GlobalAveragePool(name="pool")(x)
     if config.dropout:
         x = nn.Dropout(config.dropout, name="dropout")(x, deterministic=not train)
-    head = layers.Dense(n_classes, dtype=jnp.dtype(config.dtype), name="head")
-    return head(x).astype(jnp.float32)
+    return add_head(x, config, n_classes)
 
 
 # With linen's default of 0.99 the running statistics would lag behind in runs of a few epochs.
