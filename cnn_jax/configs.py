@@ -285,7 +285,7 @@ def airbench_muon() -> Config:
 
 
 def airbench96() -> Config:
-    """A wider, residual `airbench` for 37 epochs. Its author: 96.0%. Not run yet: for a GPU.
+    """A wider, residual `airbench`, 37 epochs. Its author: 96.0%. Not run yet: for a GPU.
 
     airbench96 of Jordan (2024), in the repository KellerJordan/cifar10-airbench. As in `airbench`,
     the last batch of an epoch is not dropped: 1813 steps instead of 1776. No full run has been
