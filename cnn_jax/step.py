@@ -286,7 +286,7 @@ def train_step(
 
     finite = jnp.isfinite(sums.loss)
     wanted = with_norm | ~finite | skips
-    norm = jax.lax.cond(wanted, optax.tree.norm, lambda _: jnp.full((), -1.0), grads)
+    norm = kernels.norm_if(wanted, grads)
     finite = finite & jnp.isfinite(norm) if skips else finite
 
     def update(state: TrainState) -> TrainState:
@@ -432,7 +432,9 @@ def train_segment(
         key = jax.random.fold_in(step_key, state.step)
         state, sums, norm = train_step(setup, state, batch, key, i == n_steps - 1)
         now = History(sums, rate, norm)
-        return state, jax.tree.map(lambda array, value: array.at[i].set(value), history, now)
+        # As `.at[i].set(value)` but not a scatter, which would be several kernels on a GPU.
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return state, jax.tree.map(put, history, now)
 
     shape = (setup.config.runtime.segment_steps,)
     start = state, History(Sums.zeros(shape), jnp.zeros(shape), jnp.zeros(shape))

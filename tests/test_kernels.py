@@ -346,7 +346,12 @@ def test_conv_with_relu_and_pool_is_what_the_operations_are_one_by_one(
     np.testing.assert_array_equal(ours[0], plain[0])
     for actual, expected in zip(ours, plain, strict=True):
         assert_close(actual, expected, 2e-6)
-    assert_laxs(fused, separate, *whole)
+    if not pool:
+        return assert_laxs(fused, separate, *whole)
+    with kernels.use("xla"):  # Whose pools have the gradient of `kernels.max_pool` too.
+        others = value_and_gradients(fused, *whole)
+    for actual, expected in zip(others, plain, strict=True):
+        assert_close(actual, expected, 2e-6)
 
 
 @pytest.mark.parametrize(("n_in", "pool"), [(16, True), (3, False)])
@@ -550,19 +555,39 @@ def test_pool_and_its_gradient_equal_those_of_linen(size, window, padding):
         lambda x, pool=pool: pool(x, shape, strides, padding)
         for pool in (kernels.max_pool, nn.max_pool)
     )
-    (y, dx), (expected, gradient) = value_and_gradients(ours, x), value_and_gradients(plain, x)
-    np.testing.assert_array_equal(y, expected)
-    assert_close(dx, gradient, 1e-6)
-    assert_laxs(ours, plain, x)
+    expected, gradient = value_and_gradients(plain, x)
+    for choice in ("cpu", "xla"):
+        with kernels.use(choice):
+            y, dx = value_and_gradients(ours, x)
+        np.testing.assert_array_equal(y, expected)
+        assert_close(dx, gradient, 1e-6)
 
 
+def test_pool_of_xla_is_one_operation_without_a_gradient_and_has_forward_derivatives():
+    """So it can be exported, and differentiated in both directions."""
+    x, dx = normal(0, 2, 5, 6, 3), normal(1, 2, 5, 6, 3)
+
+    def pool(x: jax.Array) -> jax.Array:
+        return kernels.max_pool(x, (3, 3), (2, 2), "SAME")
+
+    with kernels.use("xla"):
+        assert "reduce_window" in str(jax.make_jaxpr(pool)(x))
+        _, moved = jax.jvp(pool, (x,), (dx,))
+        y, backward = jax.vjp(pool, x)
+        np.testing.assert_allclose(jnp.vdot(moved, y), jnp.vdot(dx, *backward(y)), rtol=1e-5)
+        twice = jax.jvp(jax.grad(lambda x: jnp.sum(pool(x) ** 2)), (x,), (dx,))[1]
+    np.testing.assert_allclose(twice, 2 * backward(moved)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("choice", ["cpu", "xla"])
 @pytest.mark.parametrize("strides", [(2, 2), (1, 1)])
-def test_pool_of_bfloat16_has_the_gradient_of_float32(strides):
+def test_pool_of_bfloat16_has_the_gradient_of_float32(strides, choice: str):
     x = jnp.round(normal(0, 3, 6, 7, 5))
     exact = value_and_gradients(lambda x: kernels.max_pool(x, (2, 2), strides), x)
-    ours = value_and_gradients(
-        lambda x: kernels.max_pool(x, (2, 2), strides), x.astype(jnp.bfloat16)
-    )
+    with kernels.use(choice):
+        ours = value_and_gradients(
+            lambda x: kernels.max_pool(x, (2, 2), strides), x.astype(jnp.bfloat16)
+        )
     for actual, expected in zip(ours, exact, strict=True):
         assert actual.dtype == jnp.bfloat16
         assert_close(actual.astype(jnp.float32), expected, 2**-7)
