@@ -174,6 +174,9 @@ class ModelConfig(Section, prefix="model."):
     0.01; residual networks and `airbench` have their own initial values."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of the arithmetic; parameters are always float32."""
+    precision: Literal["default", "highest"] = "default"
+    """How a GPU multiplies float32 numbers: `default` rounds them to TF32 (10 bits of fraction),
+    which is several times as fast, `highest` does not. On a CPU, both give the same bits."""
 
     def check(self) -> None:
         """Refuses what no network can have; `models.build` refuses what the chosen one can't."""

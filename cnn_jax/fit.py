@@ -141,7 +141,7 @@ def fit(
             f"{len(dataset.train)} training images"
         )
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    with kernels.use(config.runtime.kernels), run.training():
+    with kernels.use(config.runtime.kernels, config.model.precision), run.training():
         state, progress = _resume(config, setup, dataset, run, init_key)
         step = int(state.step)
         with (

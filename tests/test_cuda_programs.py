@@ -56,7 +56,7 @@ def lower(config: Config, choice: str = "auto") -> jax.stages.Lowered:
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((), np.int32),
     )
-    with pytest.MonkeyPatch.context() as patch, kernels.use(choice):
+    with pytest.MonkeyPatch.context() as patch, kernels.use(choice, config.model.precision):
         patch.setattr(jax, "default_backend", lambda: "gpu")
         return train_segment.trace(setup, *inputs).lower(lowering_platforms=("cuda",))
 
@@ -118,6 +118,18 @@ def test_convolutions_are_of_bfloat16_images_in_nhwc(name: str):
     assert len(forward) >= len(found) / 3  # each has two gradients, but the first of them one
     single = convolutions(lower(make_config(name, "float32")).as_text())
     assert {types for *_, left, right in single for types in (left, right)} == {"f32"}
+
+
+@pytest.mark.parametrize(("precision", "found"), [("default", "DEFAULT"), ("highest", "HIGHEST")])
+def test_the_precision_is_that_of_all_products(precision: str, found: str):
+    """Of those of gradients too; DEFAULT lets a GPU multiply float32 as TF32."""
+    for name in ("quickstart", "resnet_small", "efficientnet_lite0"):
+        config = edit(make_config(name, "float32"), model={"precision": precision})
+        text = lower(config).as_text()
+        lines = [x for x in text.splitlines() if re.search(r"(convolution\(|dot_general )", x)]
+        operands = [re.findall(r"\b(DEFAULT|HIGHEST)\b", line) for line in lines]
+        assert len(lines) > 10
+        assert {tuple(pair) for pair in operands} == {(found, found)}
 
 
 @pytest.mark.parametrize("name", NAMES)

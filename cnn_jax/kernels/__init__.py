@@ -5,8 +5,8 @@ and the training step call; no other module depends on the platform. The README 
 says what each kernel gains and what it can't do.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
@@ -32,19 +32,27 @@ State = TypeVar("State")
 _choice = jax.make_user_context(default_value="auto")
 
 
-def use(choice: str) -> AbstractContextManager[None]:
-    """Returns a context in which functions are traced with these kernels.
+@contextlib.contextmanager
+def use(choice: str, precision: str = "default") -> Iterator[None]:
+    """Traces functions inside the block with these kernels.
 
     "cpu" are the kernels of this package, "xla" are XLA's own operations (but for the gradient of
     max pools), which run on every platform and, exported, for any batch size. "auto", the default,
     is "cpu" where JAX's default backend is the CPU, else "xla".
+
+    `precision` is `model.precision`: "highest" asks for products of float32 that are not rounded to
+    fewer bits; "default" leaves the choice to JAX, whose default on a GPU is TF32.
 
     Raises:
         ValueError: the choice is none of these.
     """
     if choice not in ("auto", "cpu", "xla"):
         raise ValueError(f"kernels are auto, cpu or xla, not {choice!r}")
-    return _choice(choice)
+    with contextlib.ExitStack() as held:
+        held.enter_context(_choice(choice))
+        if precision != "default":
+            held.enter_context(jax.default_matmul_precision(precision))
+        yield
 
 
 def active() -> Literal["cpu", "xla"]:

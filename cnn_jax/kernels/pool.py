@@ -75,7 +75,7 @@ def max_pool_of_xla(
     Its derivatives are left to autodiff, so they exist in forward mode and of every order. XLA
     fuses the gradient into one kernel, in which each pixel adds up what it gets from its windows.
     """
-    return nn.max_pool(x, window, strides, pads)
+    return nn.max_pool(x, window, strides, pads)  # pyright: ignore[reportArgumentType]
 
 
 @max_pool_of_xla.defjvp
