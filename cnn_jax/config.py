@@ -324,6 +324,9 @@ class TrainConfig(Section, prefix="train."):
     """Weight of the uniform distribution in the target probabilities (Szegedy et al., 2016)."""
     accumulate: int = 1
     """Parts into which a batch is divided, computed one after the other to save memory."""
+    remat: bool = False
+    """To save memory, keep of each block of the network its result alone and compute its layers
+    again in the backward pass, which takes up to as long as one more forward pass."""
     cache_frozen: bool = False
     """Compute the outputs of the frozen layers once per image and keep them in memory. This does
     not change the result. Needs optim.groups and no augmentation."""

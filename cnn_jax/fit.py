@@ -198,6 +198,11 @@ def _check(config: Config, dataset: ImageDataset, setup: Setup) -> None:
     if isinstance(config.optim.weight_decay, tuple):
         optim.check_groups("optim.weight_decay", config.optim.weight_decay, names)
     optim.check_groups("optim.groups", setup.groups, names)
+    if config.train.remat and not setup.recomputed:
+        raise UserError(
+            f"train.remat: model.name={config.model.name} has no blocks, only layers; set "
+            "train.accumulate to save memory"
+        )
     mesh.check_batch_size(setup.config.train.batch_size)
     capacity.check(setup, dataset)
 
@@ -301,7 +306,8 @@ def compile_segment(
     images_of = _images_of_segments(images, batches)
     inputs = mesh.replicate((labels, key))
     zero = mesh.replicate(np.int32(0))
-    compiled = train_segment.lower(setup, state, images_of(0), *inputs, zero).compile()
+    options = kernels.compiler_options(bool(setup.recomputed))
+    compiled = train_segment.lower(setup, state, images_of(0), *inputs, zero).compile(options)
     capacity.check_program(compiled, dataset)
     cores.trim_heap()
 

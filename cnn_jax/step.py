@@ -122,6 +122,13 @@ class Setup:
             self.config.optim, self.steps_per_epoch, self.config.train.epochs
         )
 
+    @cached_property
+    def recomputed(self) -> frozenset[str]:
+        """The blocks whose layers are computed again in the backward pass: see `train.remat`."""
+        if not self.config.train.remat:
+            return frozenset()
+        return inspection.blocks(self.model, self.image_shape)
+
     @property
     def total_steps(self) -> int:
         """The number of steps of the whole run."""
@@ -345,7 +352,7 @@ def _forward(setup: Setup, variables: Any, images: Array, key: Array) -> tuple[A
         # What precedes the cached module must play no part in the logits: NaN would show it.
         outputs = {setup.cached: images}
         images = jnp.full((len(images), *setup.image_shape), jnp.nan)
-    with inspection.replaced(outputs):
+    with inspection.replaced(outputs), inspection.recomputed(setup.recomputed):
         logits, changed = setup.model.apply(
             variables,
             images,

@@ -210,6 +210,17 @@ def update_if(wanted: Bool[Array, ""], update: Callable[[State], State], state: 
     )
 
 
+def compiler_options(recomputes: bool) -> dict[str, str]:
+    """Returns what a program of training is compiled with, if it computes blocks again or not.
+
+    For a CPU, XLA takes away the barriers between the first and the second computation before it
+    looks for equal operations, and would so merge the two and save nothing. A GPU keeps them.
+    """
+    if recomputes and jax.default_backend() == "cpu":
+        return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    return {}
+
+
 def norm_if(wanted: Bool[Array, ""], tree: Any) -> Float[Array, ""]:
     """Returns the global norm of a tree of arrays where `wanted`, else -1.
 
