@@ -210,7 +210,7 @@ def update_if(wanted: Bool[Array, ""], update: Callable[[State], State], state: 
     )
 
 
-def compiler_options(recomputes: bool) -> dict[str, str]:
+def compiler_options(recomputes: bool) -> dict[str, str | bool]:
     """Returns what a program of training is compiled with, if it computes blocks again or not.
 
     For a CPU, XLA takes away the barriers between the first and the second computation before it
