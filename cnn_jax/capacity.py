@@ -1,5 +1,6 @@
 """Whether training fits into memory: its need, from shapes, against what is free."""
 
+import collections
 import math
 from functools import partial
 from typing import Any
@@ -58,11 +59,10 @@ def _refuse_more_than_free(needs: dict[str, int], is_streamed: bool) -> None:
     parts = ", ".join(
         f"{memory.format_bytes(size)} for {name}" for name, size in needs.items() if size
     )
-    fields = "data.image_size, train.batch_size or the network's width, set train.accumulate"
     storage = "" if is_streamed else ", or set runtime.storage=stream"
     raise UserError(
         f"training needs at least {memory.format_bytes(need)} of memory ({parts}), and "
-        f"{memory.format_bytes(free)} are free; lower {fields}{storage}"
+        f"{memory.format_bytes(free)} are free; lower {memory.REMEDIES}{storage}"
     )
 
 
@@ -80,13 +80,19 @@ def _bytes(leaf: Any) -> int:
 def _activation_bytes(setup: Setup) -> int:
     """Returns the size of what layers with kernels put out for a part of a batch.
 
-    Backpropagation needs all of it at once, from the first layer that is trained.
+    Backpropagation needs all of it at once, from the first layer that is trained. Of blocks that
+    are computed again, it needs one after the other.
     """
     rows = inspection.summarize(setup.model, setup.image_shape)
     names = inspection.param_names(setup.model, setup.image_shape)
     trained = {n.rpartition("/")[0] for n in names if optim.multiplier(setup.groups, n) is not None}
     first = next(i for i, row in enumerate(rows) if row.name in trained)
-    numbers = sum(math.prod(row.output_shape) for row in rows[first:] if row.flops)
+    sizes = collections.Counter()
+    for row in rows[first:]:
+        block = row.name.rpartition("/")[0]
+        is_again = block in setup.recomputed
+        sizes[block if is_again else ""] += math.prod(row.output_shape) if row.flops else 0
+    numbers = sizes.pop("", 0) + max(sizes.values(), default=0)
     train = setup.config.train
     examples = train.batch_size // train.accumulate * _sharers() // mesh.device_count()
     return numbers * examples * jnp.dtype(setup.config.model.dtype).itemsize

@@ -122,9 +122,11 @@ def guarded(main: Callable[..., None], *args: Any) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        from cnn_jax import memory  # NumPy takes a tenth of a second
+
         _fail(
-            f"out of memory: {one_line(error)[:200]}; lower data.image_size, train.batch_size or "
-            "the network's width, set train.accumulate, or set runtime.storage=stream"
+            f"out of memory: {one_line(error)[:200]} ({memory.describe_devices()}); lower "
+            f"{memory.REMEDIES}, or set runtime.storage=stream"
         )
     except OSError as error:  # A disk that is full or gone, if no message is more specific.
         _fail(one_line(error))

@@ -187,6 +187,9 @@ class ModelConfig(Section, prefix="model."):
     standard deviation of 1 (Jordan's recipe with Muon)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of the arithmetic; parameters are always float32."""
+    precision: Literal["default", "highest"] = "default"
+    """How a GPU multiplies float32 numbers: `default` rounds them to TF32 (10 bits of fraction),
+    which is several times as fast, `highest` does not. On a CPU, both give the same bits."""
 
     def check(self) -> None:
         """Refuses what no network can have; `models.build` refuses what the chosen one can't."""
@@ -362,6 +365,9 @@ class TrainConfig(Section, prefix="train."):
     """Weight of the uniform distribution in the target probabilities (Szegedy et al., 2016)."""
     accumulate: int = 1
     """Parts into which a batch is divided, computed one after the other to save memory."""
+    remat: bool = False
+    """To save memory, keep of each block of the network its result alone and compute its layers
+    again in the backward pass, which takes up to as long as one more forward pass."""
     cache_frozen: bool = False
     """Compute the outputs of the frozen layers once per image and keep them in memory. This does
     not change the result. Needs optim.groups and no augmentation."""

@@ -141,7 +141,7 @@ def fit(
             f"{len(dataset.train)} training images"
         )
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    with kernels.use(config.runtime.kernels), run.training():
+    with kernels.use(config.runtime.kernels, config.model.precision), run.training():
         state, progress = _resume(config, setup, dataset, run, init_key)
         step = int(state.step)
         with (
@@ -196,6 +196,11 @@ def _check(config: Config, dataset: ImageDataset, setup: Setup) -> None:
         raise UserError(f"train.epochs: {setup.total_steps} steps are more than int32 can count")
     names = inspection.param_names(setup.model, setup.image_shape)
     optim.check_names(config.optim, setup.groups, names)
+    if config.train.remat and not setup.recomputed:
+        raise UserError(
+            f"train.remat: model.name={config.model.name} has no blocks, only layers; set "
+            "train.accumulate to save memory"
+        )
     mesh.check_batch_size(setup.config.train.batch_size)
     capacity.check(setup, dataset)
 
@@ -299,7 +304,8 @@ def compile_segment(
     images_of = _images_of_segments(images, batches)
     inputs = mesh.replicate((labels, key))
     zero = mesh.replicate(np.int32(0))
-    compiled = train_segment.lower(setup, state, images_of(0), *inputs, zero).compile()
+    options = kernels.compiler_options(bool(setup.recomputed))
+    compiled = train_segment.lower(setup, state, images_of(0), *inputs, zero).compile(options)
     capacity.check_program(compiled, dataset)
     cores.trim_heap()
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ _FILES = {
     "v2": ("memory.max", "memory.current", "inactive_file"),
 }
 _ALIGNMENT = 64
+REMEDIES = (
+    "data.image_size, train.batch_size or the network's width, set train.accumulate or train.remat"
+)
+"""The fields that lower what training needs, as a message ends; storage only for what is held."""
 
 
 def free_bytes(root: Path = Path("/")) -> int:
@@ -42,6 +47,19 @@ def empty_images(*shape: int) -> np.ndarray:
     array = np.empty(size + _ALIGNMENT, np.uint8)
     start = -array.ctypes.data % _ALIGNMENT
     return array[start : start + size].reshape(shape)
+
+
+def describe_devices() -> str:
+    """Returns what there is of memory: that of the first GPU if JAX uses one, else the machine's.
+
+    A GPU's is what JAX may use of it, three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
+    """
+    jax = sys.modules.get("jax")
+    stats = jax.local_devices()[0].memory_stats() if jax else None
+    if not stats or "bytes_limit" not in stats:
+        return f"{format_bytes(free_bytes())} of memory are free"
+    limit, used = stats["bytes_limit"], stats["bytes_in_use"]
+    return f"{format_bytes(limit - used)} of the {format_bytes(limit)} of the GPU are free"
 
 
 def format_bytes(n: float) -> str:

@@ -89,7 +89,7 @@ class Predictor:
         data = self.config.data
         static["data"] = DataConfig(crop=data.crop, normalize=data.normalize)
         results: list[Any] = []
-        with kernels.use(self.config.runtime.kernels):
+        with kernels.use(self.config.runtime.kernels, self.config.model.precision):
             for block in stream.read_ahead(images, numbers):
                 padded = np.zeros((len(own), *images.shape[1:]), np.uint8)
                 padded[: len(block)] = block

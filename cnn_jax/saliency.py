@@ -62,14 +62,15 @@ def grad_cam(
     Raises:
         UserError: the network has no module of that name, or it returns no feature maps.
     """
-    with kernels.use(predictor.config.runtime.kernels):
+    config = predictor.config
+    with kernels.use(config.runtime.kernels, config.model.precision):
         maps = _grad_cam(
             predictor.model,
             predictor.variables,
             images,
             targets,
             layer=layer,
-            data=predictor.config.data,
+            data=config.data,
         )
     return np.asarray(maps)
 

@@ -137,6 +137,13 @@ class Setup:
         )
         return jnp.where(own > 0, own / whole, 0.0)
 
+    @cached_property
+    def recomputed(self) -> frozenset[str]:
+        """The blocks whose layers are computed again in the backward pass: see `train.remat`."""
+        if not self.config.train.remat:
+            return frozenset()
+        return inspection.blocks(self.model, self.image_shape)
+
     @property
     def total_steps(self) -> int:
         """The number of steps of the whole run."""
@@ -301,7 +308,7 @@ def train_step(
 
     finite = jnp.isfinite(sums.loss)
     wanted = with_norm | ~finite | skips
-    norm = jax.lax.cond(wanted, optax.tree.norm, lambda _: jnp.full((), -1.0), grads)
+    norm = kernels.norm_if(wanted, grads)
     finite = finite & jnp.isfinite(norm) if skips else finite
 
     def update(state: TrainState) -> TrainState:
@@ -366,7 +373,7 @@ def _forward(setup: Setup, variables: Any, images: Array, key: Array) -> tuple[A
         # What precedes the cached module must play no part in the logits: NaN would show it.
         outputs = {setup.cached: images}
         images = jnp.full((len(images), *setup.image_shape), jnp.nan)
-    with inspection.replaced(outputs):
+    with inspection.replaced(outputs), inspection.recomputed(setup.recomputed):
         logits, changed = setup.model.apply(
             variables,
             images,
@@ -453,7 +460,9 @@ def train_segment(
         key = jax.random.fold_in(step_key, state.step)
         state, sums, norm = train_step(setup, state, batch, key, i == n_steps - 1)
         now = History(sums, rate, norm)
-        return state, jax.tree.map(lambda array, value: array.at[i].set(value), history, now)
+        # As `.at[i].set(value)` but not a scatter, which would be several kernels on a GPU.
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return state, jax.tree.map(put, history, now)
 
     shape = (setup.config.runtime.segment_steps,)
     start = state, History(Sums.zeros(shape), jnp.zeros(shape), jnp.zeros(shape))

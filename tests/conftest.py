@@ -4,9 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
-# Both are read when JAX is imported. To optimise the programs of tests takes longer than to run
+# Tests leave a GPU alone, of which each process would take most of the memory. CNN_JAX_GPU=1 runs
+# those marked gpu instead, which share it with whatever else is there.
+os.environ["JAX_PLATFORMS"] = "cuda,cpu" if os.environ.get("CNN_JAX_GPU") else "cpu"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Also read when JAX is imported. To optimise the programs of tests takes longer than to run
 # them; .ci/run repeats those of the kernels and of reproducibility with all optimisations.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
@@ -34,6 +37,17 @@ if "XDG_CACHE_HOME" not in os.environ or "PYTEST_XDIST_WORKER" not in os.environ
 jax.config.update("jax_compilation_cache_dir", os.environ["XDG_CACHE_HOME"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of the other kind of device."""
+    on_gpu = bool(os.environ.get("CNN_JAX_GPU"))
+    for item in items:
+        is_marked = item.get_closest_marker("gpu") is not None
+        if is_marked and not on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and CNN_JAX_GPU=1"))
+        elif on_gpu and not is_marked:
+            item.add_marker(pytest.mark.skip(reason="CNN_JAX_GPU=1 runs the tests marked gpu"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ def test_a_network_that_is_too_large_is_one_line(tmp_path: Path) -> None:
     )
     assert re.match(needs + r"and optimizer, .*\), and \d+\.\d GB are free; lower data\.", line)
     assert "train.batch_size" in line
-    assert "train.accumulate" in line
+    assert "train.accumulate or train.remat" in line
     assert line.endswith("or set runtime.storage=stream")
 
 
@@ -112,8 +113,28 @@ def test_out_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixtu
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory: ")
-    assert line.endswith("set train.accumulate, or set runtime.storage=stream")
+    assert re.search(r" \(\d+\.\d GB of memory are free\); lower data\.image_size, train", line)
+    assert line.endswith("set train.accumulate or train.remat, or set runtime.storage=stream")
     assert len(line) < 400
+
+
+def test_the_memory_of_a_gpu_is_named_where_it_runs_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the message that XLA gives, as for a convolution's workspace."""
+    stats = {"bytes_limit": 60 * 10**9, "bytes_in_use": 12 * 10**9}
+    gpu = SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    allocation = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes."
+
+    def main() -> None:
+        raise jax.errors.JaxRuntimeError(allocation)
+
+    with pytest.raises(SystemExit):
+        command.guarded(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{allocation} (48.0 GB of the 60.0 GB of the GPU are free); lower" in line
+    assert capacity.free_bytes() == 48 * 10**9
 
 
 def test_memory_that_runs_out_makes_no_photo_broken(

@@ -3,6 +3,7 @@
 import re
 import threading
 from itertools import product
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.data import colours
-from helpers.training import leaves, run
+from helpers.training import edit, fit, leaves, run
 from jax import lax
 
-from cnn_jax import kernels
+from cnn_jax import kernels, trees
 from cnn_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
+from cnn_jax.data import ImageDataset
 from cnn_jax.kernels import bits
 from cnn_jax.models.batch_norm import BatchNorm
 
@@ -106,8 +108,41 @@ def test_the_choice_ends_with_its_block_and_blocks_nest():
 
 
 def test_an_unknown_choice_is_refused():
-    with pytest.raises(ValueError, match="kernels are auto, cpu or xla, not 'gpu'"):
-        kernels.use("gpu")
+    refused = pytest.raises(ValueError, match="kernels are auto, cpu or xla, not 'gpu'")
+    with refused, kernels.use("gpu"):
+        pass
+
+
+def test_training_and_evaluation_are_traced_as_the_config_says(
+    tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen, matmul = set(), kernels.matmul
+
+    def recorded(*args):
+        seen.add((kernels.active(), jax.config.jax_default_matmul_precision))
+        return matmul(*args)
+
+    monkeypatch.setattr(kernels, "matmul", recorded)
+    config = edit(tiny, model={"precision": "highest"}, runtime={"kernels": "xla"})
+    result = fit(edit(config, train={"epochs": 1}), dataset, workdir)
+    assert ("xla", "highest") in seen
+    assert seen <= {("xla", "highest"), ("cpu", None)}  # Shapes are found before, for free.
+    seen.clear()
+    result.predictor.logits(dataset.test.images)
+    jax.clear_caches()
+    result.predictor.logits(dataset.test.images)
+    assert seen == {("xla", "highest")}
+
+
+@pytest.mark.parametrize("choice", ["cpu", "xla"])
+def test_on_a_cpu_the_highest_precision_gives_the_same_bits(
+    tiny: Config, dataset: ImageDataset, choice: str
+):
+    found = []
+    for precision in ("default", "highest"):
+        with kernels.use(choice, precision):
+            found.append(trees.sha256(run(tiny, dataset, 3)[0]))
+    assert found[0] == found[1]
 
 
 def test_the_choice_is_that_of_one_thread():
@@ -174,8 +209,8 @@ def test_a_function_compiled_ahead_of_time_keeps_the_choice_of_its_lowering():
     for choice in ("cpu", "xla", "auto"):
         with kernels.use(choice):
             programs[choice] = function.lower(x)
-    assert "reduce_window" in programs["xla"].as_text()
-    assert "reduce_window" not in programs["cpu"].as_text()
+    assert "convolution" in programs["xla"].as_text()
+    assert "convolution" not in programs["cpu"].as_text()
     assert programs["auto"].as_text() == programs["cpu"].as_text()
     compiled = {choice: program.compile() for choice, program in programs.items()}
     with kernels.use("cpu"):
@@ -183,6 +218,14 @@ def test_a_function_compiled_ahead_of_time_keeps_the_choice_of_its_lowering():
     with kernels.use("xla"):
         np.testing.assert_array_equal(found, function(x))
         assert_close(compiled["cpu"](x), found, 2e-6)
+
+
+@pytest.mark.parametrize("choice", ["cpu", "xla"])
+def test_a_norm_is_returned_where_that_is_wanted(choice: str):
+    tree = {"a": jnp.array([3.0]), "b": jnp.full((2, 2), 2.0)}
+    with kernels.use(choice):
+        norm = jax.jit(kernels.norm_if)
+        assert (norm(jnp.array(True), tree), norm(jnp.array(False), tree)) == (5.0, -1.0)
 
 
 @pytest.mark.parametrize("choice", ["cpu", "xla"])
@@ -346,7 +389,12 @@ def test_conv_with_relu_and_pool_is_what_the_operations_are_one_by_one(
     np.testing.assert_array_equal(ours[0], plain[0])
     for actual, expected in zip(ours, plain, strict=True):
         assert_close(actual, expected, 2e-6)
-    assert_laxs(fused, separate, *whole)
+    if not pool:
+        return assert_laxs(fused, separate, *whole)
+    with kernels.use("xla"):  # Whose pools have the gradient of `kernels.max_pool` too.
+        others = value_and_gradients(fused, *whole)
+    for actual, expected in zip(others, plain, strict=True):
+        assert_close(actual, expected, 2e-6)
 
 
 @pytest.mark.parametrize(("n_in", "pool"), [(16, True), (3, False)])
@@ -550,19 +598,39 @@ def test_pool_and_its_gradient_equal_those_of_linen(size, window, padding):
         lambda x, pool=pool: pool(x, shape, strides, padding)
         for pool in (kernels.max_pool, nn.max_pool)
     )
-    (y, dx), (expected, gradient) = value_and_gradients(ours, x), value_and_gradients(plain, x)
-    np.testing.assert_array_equal(y, expected)
-    assert_close(dx, gradient, 1e-6)
-    assert_laxs(ours, plain, x)
+    expected, gradient = value_and_gradients(plain, x)
+    for choice in ("cpu", "xla"):
+        with kernels.use(choice):
+            y, dx = value_and_gradients(ours, x)
+        np.testing.assert_array_equal(y, expected)
+        assert_close(dx, gradient, 1e-6)
 
 
+def test_pool_of_xla_is_one_operation_without_a_gradient_and_has_forward_derivatives():
+    """So it can be exported, and differentiated in both directions."""
+    x, dx = normal(0, 2, 5, 6, 3), normal(1, 2, 5, 6, 3)
+
+    def pool(x: jax.Array) -> jax.Array:
+        return kernels.max_pool(x, (3, 3), (2, 2), "SAME")
+
+    with kernels.use("xla"):
+        assert "reduce_window" in str(jax.make_jaxpr(pool)(x))
+        _, moved = jax.jvp(pool, (x,), (dx,))
+        y, backward = jax.vjp(pool, x)
+        np.testing.assert_allclose(jnp.vdot(moved, y), jnp.vdot(dx, *backward(y)), rtol=1e-5)
+        twice = jax.jvp(jax.grad(lambda x: jnp.sum(pool(x) ** 2)), (x,), (dx,))[1]
+    np.testing.assert_allclose(twice, 2 * backward(moved)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("choice", ["cpu", "xla"])
 @pytest.mark.parametrize("strides", [(2, 2), (1, 1)])
-def test_pool_of_bfloat16_has_the_gradient_of_float32(strides):
+def test_pool_of_bfloat16_has_the_gradient_of_float32(strides, choice: str):
     x = jnp.round(normal(0, 3, 6, 7, 5))
     exact = value_and_gradients(lambda x: kernels.max_pool(x, (2, 2), strides), x)
-    ours = value_and_gradients(
-        lambda x: kernels.max_pool(x, (2, 2), strides), x.astype(jnp.bfloat16)
-    )
+    with kernels.use(choice):
+        ours = value_and_gradients(
+            lambda x: kernels.max_pool(x, (2, 2), strides), x.astype(jnp.bfloat16)
+        )
     for actual, expected in zip(ours, exact, strict=True):
         assert actual.dtype == jnp.bfloat16
         assert_close(actual.astype(jnp.float32), expected, 2**-7)

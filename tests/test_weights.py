@@ -199,7 +199,7 @@ def test_logits_of_networks_for_photos_are_pytorchs(name: str, tmp_path: Path):
     config, variables = weights.describe(path), weights.read(path)
     assert (config.name, config.blocks, config.dense) == (name, (), ())
     apply = jax.jit(models.build(config, imagenet.N_CLASSES).apply)
-    with np.load(imagenet.VECTORS) as expected, kernels.use("xla"):
+    with np.load(imagenet.VECTORS) as expected, kernels.use("xla", "highest"):
         for side in imagenet.SIDES:
             found = np.asarray(apply(variables, imagenet.images(side)))
             np.testing.assert_allclose(found, expected[f"{name} {side}"], atol=1e-5, rtol=0)
@@ -227,7 +227,10 @@ def test_real_photos_give_timm_s_logits(shared_photos: Path, lite0_weights: Path
     config = weights.describe(lite0_weights)
     preprocessing = weights.preprocessing(lite0_weights)
     predictor = Predictor(
-        config=Config(model=config, data=DataConfig(name="folder", **preprocessing)),
+        config=Config(
+            model=replace(config, precision="highest"),
+            data=DataConfig(name="folder", **preprocessing),
+        ),
         model=models.build(config, 1000),
         variables=weights.read(lite0_weights),
         class_names=tuple(map(str, range(1000))),

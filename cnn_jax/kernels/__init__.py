@@ -5,13 +5,14 @@ and the training step call; no other module depends on the platform. The README 
 says what each kernel gains and what it can't do.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -20,30 +21,38 @@ from cnn_jax.kernels import conv as cpu_conv
 from cnn_jax.kernels import dense as cpu_dense
 from cnn_jax.kernels import depthwise as cpu_depthwise
 from cnn_jax.kernels import norm as cpu_norm
-from cnn_jax.kernels import pool as cpu_pool
+from cnn_jax.kernels import pool as pools
 
 Padding = str | Sequence[tuple[int, int]]
 """SAME, VALID, or the (low, high) padding of the height and of the width."""
-Pair = cpu_pool.Pair
+Pair = pools.Pair
 State = TypeVar("State")
 
 # A part of the keys of jit's caches: a function that was traced with other kernels is traced again.
 _choice = jax.make_user_context(default_value="auto")
 
 
-def use(choice: str) -> AbstractContextManager[None]:
-    """Returns a context in which functions are traced with these kernels.
+@contextlib.contextmanager
+def use(choice: str, precision: str = "default") -> Iterator[None]:
+    """Traces functions inside the block with these kernels.
 
-    "cpu" are the kernels of this package, "xla" are XLA's own operations, which run on every
-    platform and, exported, for any batch size. "auto", the default, is "cpu" where JAX's default
-    backend is the CPU, else "xla".
+    "cpu" are the kernels of this package, "xla" are XLA's own operations (but for the gradient of
+    max pools), which run on every platform and, exported, for any batch size. "auto", the default,
+    is "cpu" where JAX's default backend is the CPU, else "xla".
+
+    `precision` is `model.precision`: "highest" asks for products of float32 that are not rounded to
+    fewer bits; "default" leaves the choice to JAX, whose default on a GPU is TF32.
 
     Raises:
         ValueError: the choice is none of these.
     """
     if choice not in ("auto", "cpu", "xla"):
         raise ValueError(f"kernels are auto, cpu or xla, not {choice!r}")
-    return _choice(choice)
+    with contextlib.ExitStack() as held:
+        held.enter_context(_choice(choice))
+        if precision != "default":
+            held.enter_context(jax.default_matmul_precision(precision))
+        yield
 
 
 def active() -> Literal["cpu", "xla"]:
@@ -121,11 +130,10 @@ def max_pool(
     """Returns the maximum of each window and channel.
 
     With both kinds of kernels, the gradient goes to the first maximum of a window in row-major
-    order.
+    order, as that of XLA does, and it is computed without a scatter.
     """
-    if active() == "xla":
-        return nn.max_pool(x, window, strides, padding)  # pyright: ignore[reportArgumentType]
-    return cpu_pool.max_pool(x, window, strides, _to_pads(padding, x.shape, window, strides))
+    pool = pools.max_pool_of_xla if active() == "xla" else pools.max_pool
+    return pool(x, window, strides, _to_pads(padding, x.shape, window, strides))
 
 
 CLIPS = tuple(cpu_norm.LIMITS)
@@ -202,9 +210,32 @@ def update_if(wanted: Bool[Array, ""], update: Callable[[State], State], state: 
     )
 
 
+def compiler_options(recomputes: bool) -> dict[str, str | bool]:
+    """Returns what a program of training is compiled with, if it computes blocks again or not.
+
+    For a CPU, XLA takes away the barriers between the first and the second computation before it
+    looks for equal operations, and would so merge the two and save nothing. A GPU keeps them.
+    """
+    if recomputes and jax.default_backend() == "cpu":
+        return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    return {}
+
+
+def norm_if(wanted: Bool[Array, ""], tree: Any) -> Float[Array, ""]:
+    """Returns the global norm of a tree of arrays where `wanted`, else -1.
+
+    With the kernels for a CPU it is computed only where it is wanted. With XLA's it always is: a
+    conditional would make a GPU wait in every step for the host to decide.
+    """
+    unwanted = jnp.full((), -1.0)
+    if active() == "cpu":
+        return lax.cond(wanted, optax.tree.norm, lambda _: unwanted, tree)
+    return jnp.where(wanted, optax.tree.norm(tree), unwanted)
+
+
 def _to_pads(
     padding: Padding, shape: Sequence[int], window: Sequence[int], strides: Pair
-) -> cpu_pool.Pads:
+) -> pools.Pads:
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(shape[1:3], window, strides, padding)
     (top, bottom), (left, right) = padding

@@ -1,11 +1,14 @@
-"""Max pooling whose gradient is elementwise selection, where XLA's is a serial scatter.
+"""Max pooling whose gradient is elementwise selection, where XLA's is a scatter.
 
-Images are [batch, height, width, channels].
+XLA's scatter is serial on a CPU. On a GPU its additions race, so that their order is not fixed, and
+XLA refuses it where operations must be deterministic. `max_pool` is for a CPU; `max_pool_of_xla` is
+for other devices. Images are [batch, height, width, channels].
 """
 
 from collections.abc import Sequence
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -61,6 +64,34 @@ def _backward(
 
 
 max_pool.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def max_pool_of_xla(
+    x: Float[Array, "batch height width channels"], window: Pair, strides: Pair, pads: Pads
+) -> Float[Array, "batch new_height new_width channels"]:
+    """Returns the same as `max_pool`, by XLA's own operation, and has the same gradient.
+
+    Its derivatives are left to autodiff, so they exist in forward mode and of every order. XLA
+    fuses the gradient into one kernel, in which each pixel adds up what it gets from its windows.
+    """
+    return nn.max_pool(x, window, strides, pads)  # pyright: ignore[reportArgumentType]
+
+
+@max_pool_of_xla.defjvp
+def _derivative(
+    window: Pair, strides: Pair, pads: Pads, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    """Returns the maxima, and the tangents of the pixels that they come from."""
+    (x,), (dx,) = primals, tangents
+    y, (place, _) = _forward(x, window, strides, pads)
+    grid = windows(pad(dx, pads), window, strides, y.shape[1:3])
+    zero = jnp.zeros((), dx.dtype)
+    moved = [
+        jnp.where(place == i, values, zero)
+        for i, values in enumerate(values for row in grid for values in row)
+    ]
+    return y, sum(moved[1:], start=moved[0])
 
 
 def _backward_without_overlap(

@@ -170,6 +170,41 @@ def frozen_in_eval_mode(params: Any, trainable: Any) -> Iterator[None]:
         yield
 
 
+def blocks(model: nn.Module, image_shape: ImageShape) -> frozenset[str]:
+    """Returns the names of the innermost modules that are made of layers.
+
+    They are those that hold layers directly and no parameters, except for the network itself.
+    """
+    layers = [row.name for row in summarize(model, image_shape)]
+    return frozenset(name.rpartition("/")[0] for name in layers) - {"", *layers}
+
+
+@contextlib.contextmanager
+def recomputed(names: Collection[str]) -> Iterator[None]:
+    """Inside the block, what the named modules compute is not kept for the backward pass.
+
+    It is computed again there, from their inputs, by `nn.remat`. Dropout drops the same units.
+    """
+    running: list[str] = []
+
+    def recompute(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        name = _name(context.module)
+        if context.method_name != "__call__" or name not in names or name in running:
+            return next_fun(*args, **kwargs)
+        inputs, *switches = args  # Switches such as `train` decide what is traced.
+
+        def call(module: nn.Module, inputs: Any) -> Any:
+            running.append(name)
+            outputs = module(inputs, *switches, **kwargs)
+            running.remove(name)
+            return outputs
+
+        return nn.remat(call)(context.module, inputs)
+
+    with nn.intercept_methods(recompute):
+        yield
+
+
 def cut_point(model: nn.Module, variables: Any, image_shape: ImageShape, trainable: Any) -> str:
     """Returns the name of the module whose outputs can stand for the images in training.
 

@@ -6,6 +6,7 @@ alone reads and writes the run's folder, and the others receive from it what it 
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             coordinator,
             num_processes,
             process_id,
+            _local_devices(),
             # How long the others wait after one has failed; healthy ones all end within seconds.
             shutdown_timeout_seconds=30,
         )
@@ -44,6 +46,16 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f"--distributed: {one_line(error)} Start it with srun or mpirun, or set "
             "--coordinator=HOST:PORT, --num_processes and --process_id"
         ) from None
+
+
+def _local_devices() -> list[int] | None:
+    """Returns [0] if the launcher shows this process a single GPU, else None: as JAX chooses.
+
+    Of the devices that it sees, JAX would take the one whose number is the process's own number on
+    its machine. Of the only one (srun --gpus-per-task=1) that fails in all processes but the first.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [0] if visible and "," not in visible else None
 
 
 def is_main() -> bool:

@@ -102,7 +102,7 @@ def find(
     init_key, sweep_key = jax.random.split(jax.random.key(config.seed))
     images = _images(setup, dataset, sweep_key, n_steps)
     labels = mesh.replicate(dataset.train.labels)
-    with kernels.use(config.runtime.kernels):
+    with kernels.use(config.runtime.kernels, config.model.precision):
         state = mesh.place(fit.start(config, setup, dataset, folder, init_key))
         found = sweep(setup, state, images, labels, mesh.replicate(sweep_key))
     n_run, losses, smoothed = jax.device_get(found)

@@ -1,0 +1,574 @@
+"""Checks and times this project on a GPU: one command, at most 8 minutes, no network.
+
+python3 benchmarks/gpu_check.py [--parts=1,2,3,4,5] [--out=FOLDER] [--cifar=FOLDER] [--rehearsal]
+
+It needs python3 with jax, flax, optax, orbax and what docs/devices.md lists, and uses PyTorch,
+torchvision and timm where they are installed. The parts are
+
+1. devices, a whitening convolution of bfloat16; quickstart trained, then verified twice, each time
+   with an empty cache of compiled programs, with and without runtime.deterministic
+2. speed of nine networks by batch size and precision, in turn with PyTorch
+3. the gradient of max pools, segments against a loop of steps, threefry against rbg
+4. accuracy and seconds on CIFAR-10, if its parts are in --cifar (see carry_cifar.py)
+5. a function exported on the CPU and run on the GPU; the tests marked gpu
+
+Each runs in processes of its own that end at a limit of their own, so a failure costs only itself.
+FOLDER/gpu_check.json and gpu_check.md are written after every result; rows that other calls have
+put there stay. What was not reached in time is listed as missing.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata, util
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+Row = dict[str, Any]
+
+TFLOPS = {"bfloat16": 989.5, "float32": 494.7, "float32, highest": 66.9}
+"""Peak of an H100 SXM or H200, dense: half of what NVIDIA's data sheets (H100, H200 Tensor Core
+GPU, 2024) give with sparsity for bfloat16 and TF32; for float32 without tensor cores, all of it."""
+LIMITS = {1: 110, 2: 200, 3: 75, 4: 300, 5: 75}
+"""Seconds of each part, less where --minutes leave less."""
+PHOTOS = ("resnet50", "efficientnet_lite0")
+ACCURACY = {"airbench": 10, "airbench_muon": 10, "airbench96": 3}
+ACCURACY |= dict.fromkeys(("simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout"), 5)
+"""The configs of part 4, and of each the number of seeds."""
+
+
+class Report:
+    """The rows of this call and of earlier ones, written after each change."""
+
+    def __init__(self, folder: Path, parts: list[int], rehearsal: bool) -> None:
+        self._folder, self._rehearsal = folder, rehearsal
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "gpu_check.json"
+        old = json.loads(self._path.read_text()) if self._path.exists() else {"rows": []}
+        self.machine = describe_machine()
+        self.rows: list[Row] = [row for row in old["rows"] if row["part"] not in parts]
+        self.write()
+
+    def add(self, part: int, row: Row) -> None:
+        """Keeps a result, prints it, and writes both files."""
+        self.rows.append({"part": part, **row})
+        print(json.dumps(self.rows[-1]), flush=True)
+        self.write()
+
+    def miss(self, part: int, name: str, why: str, expected: bool = False) -> None:
+        """Keeps that a result is missing, and why; `expected`: because nothing is there for it."""
+        self.add(part, {"name": name, "missing" if not expected else "left out": why})
+
+    def failures(self) -> list[str]:
+        """Returns the names of results that are missing or wrong."""
+        return [
+            f"{row['name']}: {row.get('missing', row)}"
+            for row in self.rows
+            if "missing" in row or row.get("passed") is False or row.get("exit code", 0)
+        ]
+
+    def write(self) -> None:
+        """Writes the files."""
+        found = {"rehearsal": self._rehearsal, "machine": self.machine, "rows": self.rows}
+        self._path.write_text(json.dumps(found, indent=1) + "\n")
+        (self._folder / "gpu_check.md").write_text(to_markdown(found))
+
+
+def describe_machine() -> Row:
+    """Returns card, driver, versions and commit, without importing JAX."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = {"card": _output(query) or "none", "commit": _output(git) or "unknown"}
+    found |= {"python": platform.python_version(), "cores": os.cpu_count()}
+    for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "timm", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def to_markdown(found: Row) -> str:
+    """Returns a table of each part, a row for each result and a column for each of its values."""
+    title = "# GPU check" + (
+        " (a rehearsal on a CPU: its figures say nothing)" * found["rehearsal"]
+    )
+    lines = [title, "", *(f"- {name}: {value}" for name, value in found["machine"].items())]
+    for part in sorted({row["part"] for row in found["rows"]}):
+        lines += ["", f"## Part {part}"]
+        tables: dict[tuple[str, ...], list[Row]] = {}
+        for row in found["rows"]:
+            if row["part"] == part:
+                tables.setdefault(tuple(key for key in row if key != "part"), []).append(row)
+        for columns, rows in tables.items():
+            lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            lines += [f"| {' | '.join(_cell(row[c]) for c in columns)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "/").replace("\n", " ")
+
+
+class Check:
+    """One call of this program: its report, its time, and how it starts processes."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.parts = [int(part) for part in options.parts.split(",")]
+        self.rehearsal, self.scratch, self.cifar = options.rehearsal, folder, options.cifar
+        self.report = Report(Path(options.out), self.parts, options.rehearsal)
+        minutes = 30 if self.rehearsal else options.minutes
+        self._end = time.monotonic() + 60 * minutes
+        self._part_end = self._end
+
+    def begin(self, part: int) -> None:
+        """Starts the clock of a part."""
+        limit = LIMITS[part] * (5 if self.rehearsal else 1)  # CPUs may be slow.
+        self._part_end = min(self._end, time.monotonic() + limit)
+
+    def left(self) -> float:
+        """Returns the seconds that the part still has."""
+        return self._part_end - time.monotonic()
+
+    def environment(self, cache: str = "cache", **changes: str) -> dict[str, str]:
+        """Returns the variables of a process; `cache` is its folder of compiled programs."""
+        found = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "JAX_COMPILATION_CACHE_DIR": str(self.scratch / cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # PyTorch is on the device as well.
+        }
+        if self.rehearsal:
+            found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+            found |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        return found | changes
+
+    def start(self, command: list[str], environment: dict[str, str]) -> "Process":
+        """Starts a process that gets --rehearsal in a rehearsal."""
+        own = HERE / "gpu_parts.py"
+        command = [sys.executable, str(own), *command] if command[0] != sys.executable else command
+        is_ours = command[1].endswith(("gpu_parts.py", "gpu_torch.py"))
+        return Process(command + ["--rehearsal"] * (self.rehearsal and is_ours), environment)
+
+    def collect(self, part: int, *command: str, **environment: str) -> list[Row]:
+        """Runs a part of gpu_parts.py to its end or limit, and adds its rows to the report."""
+        name, rows = " ".join(command), []
+        if self.left() < 5:
+            self.report.miss(part, name, "not reached in time")
+            return rows
+        process = self.start(list(command), self.environment(**environment))
+        try:
+            while (row := process.read(self.left())) is not None:
+                rows.append(row)
+                self.report.add(part, row)
+        except TimeoutError:
+            self.report.miss(part, name, "ended at its limit of time")
+        finally:
+            if code := process.stop():
+                self.report.miss(part, name, f"exit code {code}: {process.last_error}")
+        return rows
+
+
+class Process:
+    """A process whose lines of JSON are read with a limit of time."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=HERE,
+        )
+        self.last_error = ""
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._threads = [threading.Thread(target=f) for f in (self._read_out, self._read_err)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read_out(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def _read_err(self) -> None:
+        assert self._process.stderr
+        for line in self._process.stderr:
+            self.last_error = line.strip()[:300] or self.last_error
+
+    def ask(self, request: Row, seconds: float) -> Row | None:
+        """Sends a line of JSON and returns the answer, or None if the process has died."""
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self.read(seconds)
+
+    def read(self, seconds: float) -> Row | None:
+        """Returns the next line, or None at the end.
+
+        Raises:
+            TimeoutError: no line came within so many seconds.
+        """
+        try:
+            line = self._lines.get(timeout=max(seconds, 0.1))
+        except queue.Empty:
+            raise TimeoutError from None
+        return None if line is None else json.loads(line)
+
+    def stop(self) -> int:
+        """Ends the process if it still runs; returns its exit code, 0 if it had to be ended."""
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            code = 0
+        for thread in self._threads:
+            thread.join()
+        return code
+
+
+def main_command(check: Check, *flags: str) -> list[str]:
+    """Returns a command of the project itself, tiny in a rehearsal."""
+    small = ("--model.blocks=[[4],[4]]", "--model.dense=[8]", "--train.epochs=1")
+    small += ("--runtime.kernels=xla",)  # as on a GPU
+    tiny = small if check.rehearsal else ()
+    return [sys.executable, "-m", "cnn_jax.main", "--config=quickstart", *tiny, *flags]
+
+
+def run_main(check: Check, cache: str, *flags: str, **environment: str) -> tuple[int, str]:
+    """Runs a command of the project; returns its exit code and the last line that it printed."""
+    try:
+        done = subprocess.run(
+            main_command(check, *flags),
+            env=check.environment(cache, **environment),
+            cwd=check.scratch,
+            capture_output=True,
+            text=True,
+            timeout=max(check.left(), 1),
+        )
+    except subprocess.TimeoutExpired:
+        return -1, "ended at its limit of time"
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return done.returncode, lines[-1] if lines else ""
+
+
+def devices_and_bits(check: Check) -> None:
+    """Part 1."""
+    check.collect(1, "machine")
+
+    def train_and_verify(deterministic: str) -> Row:
+        flag, workdir = f"--runtime.deterministic={deterministic}", f"quickstart-{deterministic}"
+        flags = (flag, f"--workdir={workdir}")
+        code, line = run_main(check, f"cold-{workdir}", *flags)
+        if code:
+            return {"missing": f"exit code {code}: {line}"}
+        found = json.loads((check.scratch / workdir / "summary.json").read_text())
+        row = {key: found[key] for key in ("test_accuracy", "seconds", "params_sha256")}
+        for i in range(int(deterministic == "true") if check.rehearsal else 2):
+            code, line = run_main(check, f"cold-{workdir}-{i}", "--mode=verify", *flags)
+            row[f"verification {i + 1}"] = "the same bits" if code == 0 else line
+        return row
+
+    with ThreadPoolExecutor(2) as pool:
+        for value, row in zip(
+            ("true", "false"), pool.map(train_and_verify, ("true", "false")), strict=True
+        ):
+            check.report.add(1, {"name": f"quickstart, runtime.deterministic={value}", **row})
+
+
+def speed(check: Check) -> None:
+    """Part 2: the most telling sizes first, since the time may not suffice for all.
+
+    All competitors of a group are built, then timed in turn. The first groups are built one after
+    the other, as nothing else may run while XLA and cuDNN choose the fastest of their kernels; the
+    rest several at once, by which a choice may be worse than it had to be.
+    """
+    workers = Workers(check)
+    if not workers.has_torch:
+        check.report.miss(2, "PyTorch", "not installed, or a rehearsal", expected=True)
+    rest = ("vgg_dropout", "resnet_small", "vgg1", "vgg2", "simple_cnn", "efficientnet_lite0")
+    first, rest = (("vgg3", "airbench", "resnet50"), 1), (rest, 4)
+    groups = [(512, 128, *first), (512, 128, *rest), (1024, 256, *first), (64, 64, *first)]
+    groups += [(1024, 256, *rest), (64, 64, *rest)]
+    if check.rehearsal:
+        tiny = ("vgg3", "resnet_small", "resnet50", "efficientnet_lite0")
+        groups = [(8, 4, tiny, 2)]
+    try:
+        for small, photos, names, lanes in groups:
+            sizes = {name: photos if name in PHOTOS else small for name in names}
+            if check.left() < 10:
+                for name, batch in sizes.items():
+                    check.report.miss(2, f"{name}, batch {batch}", "not reached in time")
+                continue
+            time_group(check, workers, sizes, lanes)
+    finally:
+        workers.stop()
+
+
+class Workers:
+    """Processes that build and time networks, started again after one has died."""
+
+    def __init__(self, check: Check) -> None:
+        self._check = check
+        self.has_torch = not check.rehearsal and util.find_spec("torch") is not None
+        self._running: dict[str, Process] = {}
+
+    def ask(self, worker: str, request: Row, seconds: float) -> Row:
+        """Returns the answer of a process such as "jax 0" or "torch 1", or {"missing": ...}."""
+        if worker not in self._running:
+            torch = [sys.executable, str(HERE / "gpu_torch.py")]
+            command = ["serve"] if worker.startswith("jax") else torch
+            self._running[worker] = self._check.start(command, self._check.environment())
+        process = self._running[worker]
+        try:
+            answer = process.ask(request, seconds)
+        except TimeoutError:
+            answer = {"missing": "not reached in time"}
+        if answer is None or "missing" in answer:
+            del self._running[worker]
+            process.stop()
+        return answer if answer is not None else {"missing": process.last_error}
+
+    def forget(self) -> None:
+        """Frees the memory of what was built."""
+        for worker in list(self._running):
+            self.ask(worker, {"forget": True}, 30)
+
+    def stop(self) -> None:
+        """Ends all processes."""
+        for process in self._running.values():
+            process.stop()
+
+
+def competitors(name: str, batch: int, torch: bool, rehearsal: bool) -> dict[str, Row]:
+    """Returns what to ask for each row of a network: by precision, then PyTorch's."""
+    from cnn_jax import configs  # which imports no JAX
+
+    request: Row = {"network": name, "batch": batch}
+    found = {
+        kind: request | {"dtype": kind.split(",")[0], "precision": precision}
+        for kind, precision in (
+            ("bfloat16", "default"),
+            ("float32", "default"),
+            ("float32, highest", "highest"),
+        )
+    }
+    if rehearsal and name != "vgg3":
+        found = {"bfloat16": found["bfloat16"]}
+    if name not in PHOTOS:
+        model = configs.get(name).model
+        request |= {"blocks": model.blocks, "dense": model.dense, "dropout": model.dropout}
+    for dtype, compiled in (("bfloat16", False), ("bfloat16", True), ("float32", True)):
+        kind = f"PyTorch {dtype}, {'torch.compile' if compiled else 'eager'}"
+        found |= {kind: request | {"dtype": dtype, "compile": compiled}} if torch else {}
+    return found
+
+
+def time_group(check: Check, workers: Workers, sizes: dict[str, int], lanes: int) -> None:
+    """Builds the networks of these batch sizes in parallel lanes, then times them one by one."""
+    asked = {
+        (name, kind): (f"{'torch' if 'PyTorch' in kind else 'jax'} {i % lanes}", request)
+        for i, (name, batch) in enumerate(sizes.items())
+        for kind, request in competitors(name, batch, workers.has_torch, check.rehearsal).items()
+    }
+    answers: dict[tuple[str, str], list[Row]] = {key: [] for key in asked}
+    built_by = time.monotonic() + 0.7 * check.left()
+
+    def build(worker: str) -> None:
+        for key, (its_worker, request) in asked.items():
+            if its_worker == worker:
+                seconds = built_by - time.monotonic()
+                answers[key].append(workers.ask(worker, request, seconds))
+
+    used = sorted({worker for worker, _ in asked.values()})
+    with ThreadPoolExecutor(lanes if lanes == 1 else len(used)) as pool:
+        list(pool.map(build, used))
+    for name, batch in sizes.items():
+        keys = [key for key in asked if key[0] == name]
+        for _ in range(1 if check.rehearsal else 3):
+            for key in keys:
+                if "missing" not in answers[key][-1]:
+                    answers[key].append(workers.ask(*asked[key], check.left()))
+        for key in keys:
+            row = {"name": f"{name}, batch {batch}", "kind": key[1]}
+            check.report.add(2, row | summary(batch, key[1], answers[key]))
+    workers.forget()
+
+
+def summary(batch: int, kind: str, answers: list[Row]) -> Row:
+    """Returns what the timings of one competitor amount to; the first one was not undisturbed."""
+    last = answers[-1]
+    if "missing" in last:
+        return {"missing": last["missing"]}
+    seconds = median(answer["seconds"] for answer in answers[1:])
+    row: Row = {"images/s": batch / seconds, "ms a step": 1e3 * seconds}
+    if "flops" in last:
+        rate = last["flops"] / seconds / 1e12
+        row |= {"TFLOP/s": rate, "share of peak": rate / TFLOPS[kind]}
+        row["compile s, warm"] = last["warm_compile_seconds"]
+    row["compile s, cold"] = last["compile_seconds"]
+    return row | {"memory MB": last.get("memory_mb", "not measured")}
+
+
+def alternatives(check: Check) -> None:
+    """Part 3."""
+    check.collect(3, "pools")
+    check.collect(3, "steps")
+
+
+def accuracy(check: Check) -> None:
+    """Part 4: seed after seed, in bfloat16 first."""
+    from cnn_jax import configs
+    from cnn_jax.errors import UserError
+
+    folder = Path(check.cifar or check.scratch / "cifar").resolve()
+    if check.rehearsal:
+        command = [sys.executable, str(HERE / "carry_cifar.py"), str(folder), "--tiny"]
+        subprocess.run(command, check=True, env=check.environment())
+    if missing := [f"part{i}.npz" for i in (1, 2, 3) if not (folder / f"part{i}.npz").exists()]:
+        what = f"{', '.join(missing)} not in --cifar={folder}"
+        return check.report.miss(4, "CIFAR-10", what, expected=True)
+    for dtype in ("bfloat16",) if check.rehearsal else ("bfloat16", "float32"):
+        for name, n_seeds in ACCURACY.items():
+            if dtype == "float32" and name.startswith("airbench"):
+                continue
+            try:
+                configs.get(name)
+            except UserError as error:
+                check.report.miss(4, name, str(error).split(";")[0], expected=True)
+                continue
+            if check.rehearsal and name not in ("airbench", "airbench_muon"):
+                continue
+            n = 1 if check.rehearsal else n_seeds
+            check.collect(4, "accuracy", name, dtype, "0", str(n), str(folder))
+    for (name, n), figures in means(check.report.rows).items():
+        check.report.add(4, {"name": f"{name}: mean of {n} seeds", **figures})
+
+
+def means(rows: list[Row]) -> dict[tuple[str, int], Row]:
+    """Returns mean and standard deviation (n - 1) of accuracy and seconds of each config."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["part"] == 4 and "seed" in row:
+            found.setdefault(row["name"], []).append(row)
+    return {
+        (name, len(runs)): {
+            "test_accuracy": fmean(run["test_accuracy"] for run in runs),
+            "standard deviation": stdev([run["test_accuracy"] for run in runs])
+            if len(runs) > 1
+            else "one seed",
+            "training_seconds": median(run["training_seconds"] for run in runs),
+        }
+        for name, runs in found.items()
+    }
+
+
+def exports_and_tests(check: Check) -> None:
+    """Part 5."""
+    for precision in ("highest",) if check.rehearsal else ("default", "highest"):
+        workdir = f"exported-{precision}"
+        flags = (f"--model.precision={precision}", f"--workdir={workdir}", "--train.epochs=1")
+        on_cpu = {"JAX_PLATFORMS": "cpu"}
+        code, line = run_main(check, "cache-cpu", *flags, **on_cpu)
+        if not code:
+            code, line = run_main(check, "cache-cpu", "--mode=export", *flags, **on_cpu)
+        if code:
+            check.report.miss(5, workdir, f"exit code {code}: {line}")
+            continue
+        check.collect(5, "exported", str(check.scratch / workdir / "export"))
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    on_gpu = {} if check.rehearsal else {"CNN_JAX_GPU": "1"}
+    flags = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    try:
+        done = subprocess.run(
+            [*tests, "tests/test_gpu.py"],
+            env=check.environment(**flags, **on_gpu),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=max(check.left(), 1),
+        )
+        lines = (done.stdout or done.stderr).strip().splitlines()
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        row = {"result": lines[-1] if lines else "", "exit code": done.returncode}
+        check.report.add(5, {"name": "tests marked gpu", **row, "failed": "; ".join(failed)})
+    except subprocess.TimeoutExpired:
+        check.report.miss(5, "tests marked gpu", "ended at their limit of time")
+
+
+PARTS: dict[int, Callable[[Check], None]] = {
+    1: devices_and_bits,
+    2: speed,
+    3: alternatives,
+    4: accuracy,
+    5: exports_and_tests,
+}
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Gives a folder for runs and caches, and removes it in the end."""
+    folder = Path(tempfile.mkdtemp(prefix="gpu_check_"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Runs the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", default="1,2,3,4,5")
+    parser.add_argument("--out", default=str(ROOT / "build" / "gpu_check"))
+    parser.add_argument("--cifar", default="", help="folder of part1.npz to part3.npz")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
+    parser.add_argument("--rehearsal", action="store_true", help="tiny, on a CPU")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    with scratch_folder() as folder:
+        check = Check(options, folder)
+        for part in check.parts:
+            check.begin(part)
+            start = time.monotonic()
+            try:
+                PARTS[part](check)
+            except Exception as error:  # One part's failure must not cost the others.
+                check.report.miss(part, "all that follows", f"{type(error).__name__}: {error}")
+            print(f"part {part}: {time.monotonic() - start:.0f} s", flush=True)
+        if failures := check.report.failures():
+            print("\n".join(["missing or wrong:", *failures]))
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
