@@ -162,7 +162,7 @@ def test_mistyped_text_is_refused(text: str, message: str) -> None:
 
 def test_every_field_has_documentation_and_is_read_from_its_own_text() -> None:
     found = fields.all_fields()
-    assert len(found) == 65
+    assert len(found) == 71
     assert list(found)[:2] == ["seed", "data.name"]
     assert "name" not in found
     flat = fields.flatten(Config())
