@@ -29,7 +29,7 @@ _NETWORK = (
 )
 _HOOK = """
 import os, signal, time
-from cnn_jax.fit import every
+from cnn_jax.hooks import every
 
 @every(steps=1)
 def stop(moment):

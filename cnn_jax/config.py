@@ -5,13 +5,11 @@ from a flag, from JSON or from Python. Nothing slow is imported here, so `--help
 for mistyped flags appear at once.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from cnn_jax.errors import UserError
-from cnn_jax.values import Choices, Section, is_user_code
+from cnn_jax.values import Choices, Section, is_user_code, require, require_patterns
 
 Multiplier = float | None | tuple[tuple[int, float | None], ...]
 """A number, None for frozen parameters, or (first epoch, number or None) pairs."""
@@ -66,15 +64,15 @@ class DataConfig(Section, prefix="data."):
 
     def check(self) -> None:
         """Refuses values that are out of range."""
-        _check(8 <= self.image_size <= 1024, "data.image_size must be from 8 to 1024")
-        _check(0 < self.crop <= 1, "data.crop must be in (0, 1]")
-        _check(self.images_per_class >= 0, "data.images_per_class must be 0 (all) or more")
-        _check(0 <= self.validation < 1, "data.validation must be in [0, 1)")
-        _check(0 < self.test_fraction < 1, "data.test_fraction must be in (0, 1)")
-        _check(self.split_seed >= 0, "data.split_seed must be 0 or more")
-        _check(min(self.normalize[1]) > 0, "data.normalize needs positive standard deviations")
-        _check(len(set(self.classes)) == len(self.classes), "data.classes names a class twice")
-        _check(len(self.classes) != 1, "data.classes must name two classes or more")
+        require(8 <= self.image_size <= 1024, "data.image_size must be from 8 to 1024")
+        require(0 < self.crop <= 1, "data.crop must be in (0, 1]")
+        require(self.images_per_class >= 0, "data.images_per_class must be 0 (all) or more")
+        require(0 <= self.validation < 1, "data.validation must be in [0, 1)")
+        require(0 < self.test_fraction < 1, "data.test_fraction must be in (0, 1)")
+        require(self.split_seed >= 0, "data.split_seed must be 0 or more")
+        require(min(self.normalize[1]) > 0, "data.normalize needs positive standard deviations")
+        require(len(set(self.classes)) == len(self.classes), "data.classes names a class twice")
+        require(len(self.classes) != 1, "data.classes must name two classes or more")
 
 
 @dataclass(frozen=True)
@@ -122,20 +120,20 @@ class AugmentConfig(Section, prefix="augment."):
 
     def check(self) -> None:
         """Refuses values that are out of range."""
-        _check(self.translate >= 0, "augment.translate must be 0 or more")
-        _check(self.cutout >= 0, "augment.cutout must be 0 or more")
+        require(self.translate >= 0, "augment.translate must be 0 or more")
+        require(self.cutout >= 0, "augment.cutout must be 0 or more")
         read = self.cutout or not self.cutout_inside
-        _check(bool(read), "augment.cutout_inside is read only with augment.cutout")
-        _check(0 <= self.random_crop <= 1, "augment.random_crop must be in [0, 1]")
+        require(bool(read), "augment.cutout_inside is read only with augment.cutout")
+        require(0 <= self.random_crop <= 1, "augment.random_crop must be in [0, 1]")
         *factors, hue = self.color
-        _check(all(0 <= x <= 1 for x in factors), "augment.color must have factors in [0, 1]")
-        _check(0 <= hue <= 0.5, "augment.color must have a hue in [0, 0.5]")
+        require(all(0 <= x <= 1 for x in factors), "augment.color must have factors in [0, 1]")
+        require(0 <= hue <= 0.5, "augment.color must have a hue in [0, 0.5]")
         operations, strength = self.randaugment
-        _check(operations >= 0, "augment.randaugment must have 0 operations or more")
-        _check(0 <= strength <= 10, "augment.randaugment must have a strength in [0, 10]")
-        _check(0 <= self.erase <= 1, "augment.erase must be in [0, 1]")
-        _check(self.mixup >= 0, "augment.mixup must be 0 (off) or more")
-        _check(self.cutmix >= 0, "augment.cutmix must be 0 (off) or more")
+        require(operations >= 0, "augment.randaugment must have 0 operations or more")
+        require(0 <= strength <= 10, "augment.randaugment must have a strength in [0, 10]")
+        require(0 <= self.erase <= 1, "augment.erase must be in [0, 1]")
+        require(self.mixup >= 0, "augment.mixup must be 0 (off) or more")
+        require(self.cutmix >= 0, "augment.cutmix must be 0 (off) or more")
 
 
 @dataclass(frozen=True)
@@ -194,9 +192,9 @@ class ModelConfig(Section, prefix="model."):
     def check(self) -> None:
         """Refuses what no network can have; `models.build` refuses what the chosen one can't."""
         widths = [*(w for block in self.blocks for w in block), *self.dense]
-        _check(all(w > 0 for w in widths), "model.blocks and model.dense must be positive widths")
-        _check(all(self.blocks), "model.blocks must have widths in each block")
-        _check(0 <= self.dropout < 1, "model.dropout must be in [0, 1)")
+        require(all(w > 0 for w in widths), "model.blocks and model.dense must be positive widths")
+        require(all(self.blocks), "model.blocks must have widths in each block")
+        require(0 <= self.dropout < 1, "model.dropout must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -215,12 +213,11 @@ class InitConfig(Section, prefix="init."):
 
     def check(self) -> None:
         """Refuses values that do not fit together."""
-        for pattern in self.skip:
-            _check_pattern("init.skip", pattern)
+        require_patterns("init.skip", self.skip)
         if not self.checkpoint:
-            _check(not self.skip, "init.skip is read only with init.checkpoint")
+            require(not self.skip, "init.skip is read only with init.checkpoint")
         both = self.checkpoint and self.whiten
-        _check(not both, "init.whiten would overwrite parameters of init.checkpoint; set only one")
+        require(not both, "init.whiten would overwrite parameters of init.checkpoint; set only one")
 
 
 @dataclass(frozen=True)
@@ -266,22 +263,22 @@ class OptimConfig(Section, prefix="optim."):
 
     def check(self) -> None:
         """Refuses values that are out of range or do not fit together."""
-        _check(self.learning_rate > 0, "optim.learning_rate must be positive")
-        _check(0 <= self.momentum < 1, "optim.momentum must be in [0, 1)")
-        _check(self.clip_norm >= 0, "optim.clip_norm must be 0 (off) or more")
-        _check(self.warmup_epochs >= 0, "optim.warmup_epochs must be 0 or more")
-        _check(all(0 <= end <= 1 for end in self.ends), "optim.ends must be in [0, 1]")
+        require(self.learning_rate > 0, "optim.learning_rate must be positive")
+        require(0 <= self.momentum < 1, "optim.momentum must be in [0, 1)")
+        require(self.clip_norm >= 0, "optim.clip_norm must be 0 (off) or more")
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs must be 0 or more")
+        require(all(0 <= end <= 1 for end in self.ends), "optim.ends must be in [0, 1]")
         start, end = self.ends
-        _check(
+        require(
             not start or self.warmup_epochs > 0,
             f"optim.ends: the start {start:g} is read only with optim.warmup_epochs",
         )
-        _check(
+        require(
             not end or self.schedule in ("cosine", "linear"),
             f"optim.ends: the end {end:g} is read only with optim.schedule=cosine or linear",
         )
         reads_momentum = self.name in ("momentum", "nesterov", "muon") or is_user_code(self.name)
-        _check(
+        require(
             reads_momentum or self.momentum == OptimConfig.momentum,
             "optim.momentum is read only with optim.name=momentum, nesterov or muon, not "
             f"{self.name}",
@@ -293,56 +290,56 @@ class OptimConfig(Section, prefix="optim."):
 
     def _check_muon(self) -> None:
         kernels, momentum, steps = self.muon
-        _check_pattern("optim.muon", kernels)
-        _check(0 <= momentum < 1, "optim.muon must have a decay of the velocity in [0, 1)")
-        _check(steps > 0, "optim.muon must have 1 Newton-Schulz step or more")
-        _check(
+        require_patterns("optim.muon", [kernels])
+        require(0 <= momentum < 1, "optim.muon must have a decay of the velocity in [0, 1)")
+        require(steps > 0, "optim.muon must have 1 Newton-Schulz step or more")
+        require(
             self.name == "muon" or is_user_code(self.name) or self.muon == OptimConfig.muon,
             f"optim.muon is read only with optim.name=muon, not {self.name}",
         )
-        _check_pattern("optim.renormalize", self.renormalize)
+        require_patterns("optim.renormalize", [self.renormalize])
 
     def _check_schedule(self) -> None:
         if isinstance(self.schedule, str):
             return
         epochs = [epoch for epoch, _ in self.schedule]
         rising = all(a < b for a, b in zip([0.0, *epochs], epochs, strict=False))
-        _check(
+        require(
             bool(epochs) and rising,
             "optim.schedule must have rising numbers of epochs, such as [[10,0.1],[15,0.1]]",
         )
-        _check(epochs[0] > self.warmup_epochs, "optim.schedule must begin after the warm-up")
+        require(epochs[0] > self.warmup_epochs, "optim.schedule must begin after the warm-up")
         factors_fit = all(0 < factor <= 1 for _, factor in self.schedule)
-        _check(factors_fit, "optim.schedule must have factors in (0, 1]")
+        require(factors_fit, "optim.schedule must have factors in (0, 1]")
 
     def _check_weight_decay(self) -> None:
         if not isinstance(self.weight_decay, tuple):
-            _check(self.weight_decay >= 0, "optim.weight_decay must be 0 or more")
+            require(self.weight_decay >= 0, "optim.weight_decay must be 0 or more")
             return
-        _check_patterns("optim.weight_decay", [pattern for pattern, _ in self.weight_decay])
+        require_patterns("optim.weight_decay", [pattern for pattern, _ in self.weight_decay])
         for pattern, decay in self.weight_decay:
-            _check(decay >= 0, f"optim.weight_decay: {pattern} needs a decay of 0 or more")
+            require(decay >= 0, f"optim.weight_decay: {pattern} needs a decay of 0 or more")
 
     def _check_groups(self) -> None:
-        _check_patterns("optim.groups", [pattern for pattern, _ in self.groups])
+        require_patterns("optim.groups", [pattern for pattern, _ in self.groups])
         steps = [m if isinstance(m, tuple) else ((0, m),) for _, m in self.groups]
         for (pattern, _), of_pattern in zip(self.groups, steps, strict=True):
             at = f"optim.groups: {pattern}"
             rates = [rate for _, rate in of_pattern]
             ends = rates[1:] and rates[-1] == 0 and rates[-2] is not None
             positive = all(rate is None or rate > 0 for rate in (rates[:-1] if ends else rates))
-            _check(positive, f"{at} must have a positive multiplier, or null to freeze")
-            _check(
+            require(positive, f"{at} must have a positive multiplier, or null to freeze")
+            require(
                 not ends or self.schedule in ("cosine", "linear"),
                 f"{at}: the end 0 is read only with optim.schedule=cosine or linear",
             )
             epochs = [epoch for epoch, _ in of_pattern]
             rising = epochs[:1] == [0] and epochs == sorted(set(epochs))
-            _check(rising, f"{at} must have rising epochs from 0 on, such as [[0,null],[3,0.1]]")
+            require(rising, f"{at} must have rising epochs from 0 on, such as [[0,null],[3,0.1]]")
         for now in sorted({epoch for of_pattern in steps for epoch, _ in of_pattern}):
             values = [[v for epoch, v in of_pattern if epoch <= now][-1] for of_pattern in steps]
             frozen = not any(values)
-            _check(not frozen, f"optim.groups freezes all parameters from epoch {now} on")
+            require(not frozen, f"optim.groups freezes all parameters from epoch {now} on")
 
 
 @dataclass(frozen=True)
@@ -392,19 +389,19 @@ class TrainConfig(Section, prefix="train."):
 
     def check(self) -> None:
         """Refuses values that are out of range or do not fit together."""
-        _check(self.epochs >= 0, "train.epochs must be 0 or more")
-        _check(self.batch_size > 0, "train.batch_size must be positive")
-        _check(0 <= self.label_smoothing < 1, "train.label_smoothing must be in [0, 1)")
-        _check(
+        require(self.epochs >= 0, "train.epochs must be 0 or more")
+        require(self.batch_size > 0, "train.batch_size must be positive")
+        require(0 <= self.label_smoothing < 1, "train.label_smoothing must be in [0, 1)")
+        require(
             self.accumulate > 0 and self.batch_size % self.accumulate == 0,
             "train.accumulate must divide train.batch_size",
         )
-        _check(0 <= self.ema_decay < 1, "train.ema_decay must be in [0, 1)")
-        _check(self.lookahead_steps >= 0, "train.lookahead_steps must be 0 (off) or more")
+        require(0 <= self.ema_decay < 1, "train.ema_decay must be in [0, 1)")
+        require(self.lookahead_steps >= 0, "train.lookahead_steps must be 0 (off) or more")
         both = self.ema_decay and self.lookahead_steps
-        _check(not both, "train.lookahead_steps and train.ema_decay are two averages; set one")
-        _check(self.patience >= 0, "train.patience must be 0 (off) or more")
-        _check(self.min_epoch_steps >= 0, "train.min_epoch_steps must be 0 or more")
+        require(not both, "train.lookahead_steps and train.ema_decay are two averages; set one")
+        require(self.patience >= 0, "train.patience must be 0 (off) or more")
+        require(self.min_epoch_steps >= 0, "train.min_epoch_steps must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -433,10 +430,10 @@ class RuntimeConfig(Section, prefix="runtime."):
 
     def check(self) -> None:
         """Refuses values that are out of range."""
-        _check(self.segment_steps > 0, "runtime.segment_steps must be positive")
-        _check(self.checkpoint_seconds >= 0, "runtime.checkpoint_seconds must be 0 or more")
-        _check(self.seeds > 0, "runtime.seeds must be positive")
-        _check(self.workers >= 0, "runtime.workers must be 0 or more")
+        require(self.segment_steps > 0, "runtime.segment_steps must be positive")
+        require(self.checkpoint_seconds >= 0, "runtime.checkpoint_seconds must be 0 or more")
+        require(self.seeds > 0, "runtime.seeds must be positive")
+        require(self.workers >= 0, "runtime.workers must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -457,38 +454,19 @@ class Config(Section):
 
     def check(self) -> None:
         """Refuses sections that do not fit together."""
-        _check(0 <= self.seed < 2**32, "seed must be in [0, 2**32)")
+        require(0 <= self.seed < 2**32, "seed must be in [0, 2**32)")
         last = self.seed + self.runtime.seeds - 1
-        _check(
+        require(
             last < 2**32, f"runtime.seeds={self.runtime.seeds} ends at seed {last}, past 2**32 - 1"
         )
-        _check(
+        require(
             not self.train.patience or self.data.validation > 0,
             "train.patience needs a validation split, such as data.validation=0.1",
         )
         if self.train.cache_frozen:
             frozen = any(multiplier is None for _, multiplier in self.optim.groups)
-            _check(frozen, "train.cache_frozen needs optim.groups that freeze layers")
+            require(frozen, "train.cache_frozen needs optim.groups that freeze layers")
             fixed = all(not isinstance(m, tuple) for _, m in self.optim.groups)
-            _check(fixed, "train.cache_frozen needs optim.groups without lists of epochs")
+            require(fixed, "train.cache_frozen needs optim.groups without lists of epochs")
             plain = not self.augment.changes_training
-            _check(plain, "train.cache_frozen=true allows no augmentation of training images")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _check_pattern(field_name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        message = f"{field_name}: invalid regular expression {pattern}: {error}"
-        raise UserError(message) from None
-
-
-def _check_patterns(field_name: str, patterns: Sequence[str]) -> None:
-    for pattern in patterns:
-        _check_pattern(field_name, pattern)
-    _check(len(set(patterns)) == len(patterns), f"{field_name} has a pattern twice")
+            require(plain, "train.cache_frozen=true allows no augmentation of training images")

@@ -1,27 +1,27 @@
 """The training loop: compiled segments to the end, validation, checkpoints, resuming and hooks."""
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
-from cnn_jax import capacity, kernels, losses, mesh, metrics, optim, pretrained, trees
+from cnn_jax import capacity, kernels, losses, mesh, metrics, optim, pretrained
+from cnn_jax.batches import images_of_segments, open_stream
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset, Split
-from cnn_jax.data.dataset import Images
 from cnn_jax.data.stream import BatchStream
 from cnn_jax.errors import UserError
+from cnn_jax.hooks import Hook, call_hooks, frequency
 from cnn_jax.kernels import cores
 from cnn_jax.models import inspection, whitening
-from cnn_jax.order import StepNumbers
 from cnn_jax.predictor import Predictor
 from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runs.lines import lines_of, mark_skipped
 from cnn_jax.runs.stop import Stopped
 from cnn_jax.step import (
     History,
@@ -33,14 +33,7 @@ from cnn_jax.step import (
     train_segment,
 )
 
-Hook = Callable[["Moment"], None]
-"""A function that `fit` calls at the end of every epoch, or as often as `every` says."""
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 Segment = Callable[[TrainState, int], tuple[TrainState, History]]
-
-
-class NotFinite(UserError):
-    """A run whose loss, gradient or state is no longer finite."""
 
 
 @dataclass
@@ -79,40 +72,6 @@ class Result:
     predictor: Predictor
 
 
-@dataclass(frozen=True)
-class Moment:
-    """What a hook gets."""
-
-    config: Config
-    step: int
-    """Training steps so far."""
-    epoch: float
-    """The same in epochs: a whole number at an epoch's end."""
-    metrics: dict[str, Any]
-    """The line of metrics.jsonl for this step (see `runs.log.RunLog`)."""
-    make_predictor: Callable[[], Predictor]
-
-    @cached_property
-    def predictor(self) -> Predictor:
-        """The network as it is now; usable until the hook returns."""
-        return self.make_predictor()
-
-
-def every(*, steps: int = 0, epochs: int = 0) -> Callable[[_Function], _Function]:
-    """Marks a hook to be called every so many steps or every so many epochs.
-
-    `@every(steps=100) def log(moment): ...`; an unmarked hook is called at every epoch's end.
-    """
-    if (steps > 0) == (epochs > 0):
-        raise UserError("every(steps=N) or every(epochs=N): set one of them, to 1 or more")
-
-    def mark(hook: _Function) -> _Function:
-        setattr(hook, "every", ("steps", steps) if steps else ("epochs", epochs))  # noqa: B010
-        return hook
-
-    return mark
-
-
 def fit(
     config: Config,
     dataset: ImageDataset,
@@ -146,7 +105,7 @@ def fit(
         step = int(state.step)
         with (
             run.log.running(step, setup.total_steps, setup.steps_per_epoch),
-            open_batches(config, setup, dataset, train_key, step) as batches,
+            open_stream(config, setup, dataset, train_key, step) as batches,
         ):
             segment, compiled_for, saved_at = None, None, time.monotonic()
             while step < setup.total_steps and not _exhausted(config, progress, step, setup):
@@ -162,10 +121,12 @@ def fit(
                 images = int(np.sum(history.sums.count))
                 progress.seconds += seconds
                 progress.images += images
-                lines = _metrics(step, history)
-                lines[-1] |= _wait_share(batches, progress, seconds)
+                lines = lines_of(step, history)
+                if batches is not None:
+                    progress.waited += batches.waited
+                    lines[-1]["wait_share"] = round(batches.waited / seconds, 4)
                 step += len(lines)
-                progress.skipped_steps += _mark_skipped(config, lines, state)
+                progress.skipped_steps += mark_skipped(config, lines, state)
                 predictor = partial(_predictor, config, setup, state, dataset)
                 ends_epoch = step % setup.steps_per_epoch == 0
                 if ends_epoch:
@@ -177,7 +138,7 @@ def fit(
                 if ends_epoch or due or signum:
                     run.save("latest", step, state, make_record(dataset, progress))
                     saved_at = time.monotonic()
-                _call_hooks(hooks, config, setup, lines[-1], predictor)
+                call_hooks(hooks, config, setup.steps_per_epoch, lines[-1], predictor)
                 if signum:
                     raise Stopped(signum, step)
         if config.train.patience and progress.best_epoch:
@@ -251,34 +212,6 @@ def start(
     return replace(state, params=params, batch_stats=batch_stats, average=average)
 
 
-@contextlib.contextmanager
-def open_batches(
-    config: Config, setup: Setup, dataset: ImageDataset, key: jax.Array, step: int
-) -> Iterator[BatchStream | None]:
-    """Reads the batches of streamed images from a step on, while the block runs.
-
-    Gives None if training needs no stream of them.
-    """
-    images = dataset.train.images
-    if isinstance(images, np.ndarray) or config.train.cache_frozen or step >= setup.total_steps:
-        yield None
-        return
-    numbers = step_numbers(setup, len(images), key)
-    most = setup.config.runtime.segment_steps
-    workers = config.runtime.workers
-    batches = BatchStream(images, numbers, step, setup.total_steps, workers=workers, most=most)
-    with contextlib.closing(batches):
-        yield batches
-
-
-def step_numbers(setup: Setup, n: int, key: jax.Array) -> StepNumbers:
-    """Returns the order of `n` training images in which `train_segment` goes through them."""
-    order_key = jax.random.split(key, 3)[0]  # as there
-    batch_size = setup.config.train.batch_size
-    data = tuple(jax.random.key_data(order_key).tolist())
-    return StepNumbers(data, n, batch_size, setup.passes, mesh.own_places(batch_size))
-
-
 def compile_segment(
     config: Config,
     setup: Setup,
@@ -301,7 +234,7 @@ def compile_segment(
         setup = replace(setup, cached=module, streamed=False)
         predictor = _predictor(config, setup, state, dataset)
         images = predictor.activations(images, [module])[module]
-    images_of = _images_of_segments(images, batches)
+    images_of = images_of_segments(images, batches)
     inputs = mesh.replicate((labels, key))
     zero = mesh.replicate(np.int32(0))
     options = kernels.compiler_options(bool(setup.recomputed))
@@ -317,50 +250,12 @@ def compile_segment(
     return run
 
 
-def _images_of_segments(images: Images, batches: BatchStream | None) -> Callable[[int], jax.Array]:
-    """Returns what gives each segment its images: all there are, or the batches of its steps."""
-    if batches is not None:
-        return lambda n_steps: mesh.divide(batches.take(n_steps), axis=1)
-    assert isinstance(images, np.ndarray)
-    whole = mesh.lend(images)
-    return lambda _: whole
-
-
-def _wait_share(
-    batches: BatchStream | None, progress: Progress, seconds: float
-) -> dict[str, float]:
-    """Counts how long the last segment waited for its images; returns the share of its time."""
-    if batches is None:
-        return {}
-    progress.waited += batches.waited
-    return {"wait_share": round(batches.waited / seconds, 4)}
-
-
 def _segment_length(step: int, setup: Setup, hooks: Sequence[Hook]) -> int:
     """Returns the steps to the next one that the host must see, at most `segment_steps`."""
     done, most = step % setup.steps_per_epoch, setup.config.runtime.segment_steps
     lengths = [most - done % most, setup.steps_per_epoch - done]
-    lengths += [n - step % n for unit, n in map(_frequency, hooks) if unit == "steps"]
+    lengths += [n - step % n for unit, n in map(frequency, hooks) if unit == "steps"]
     return min(lengths)
-
-
-def _frequency(hook: Hook) -> tuple[str, int]:
-    return getattr(hook, "every", ("epochs", 1))
-
-
-def _call_hooks(
-    hooks: Sequence[Hook],
-    config: Config,
-    setup: Setup,
-    line: dict[str, Any],
-    make_predictor: Callable[[], Predictor],
-) -> None:
-    step = line["step"]
-    moment = Moment(config, step, step / setup.steps_per_epoch, line, make_predictor)
-    for hook in hooks:
-        unit, n = _frequency(hook)
-        if step % (n if unit == "steps" else n * setup.steps_per_epoch) == 0:
-            hook(moment)
 
 
 def _exhausted(config: Config, progress: Progress, step: int, setup: Setup) -> bool:
@@ -388,49 +283,6 @@ def make_record(dataset: ImageDataset, progress: Progress) -> dict[str, Any]:
         "image_shape": list(dataset.image_shape),
         "data_sha256": dataset.sha256,
     }
-
-
-def _metrics(step: int, history: History) -> list[dict[str, Any]]:
-    """Returns a line for each step of a segment that began after `step` steps."""
-    columns = {
-        "loss": history.sums.loss / history.sums.count,
-        "accuracy": history.sums.correct / history.sums.count,
-        "learning_rate": history.learning_rate,
-        "grad_norm": history.grad_norm,
-    }
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    lines = [
-        {"step": number, **dict(zip(columns, row, strict=True))}
-        for number, row in enumerate(rows, start=step + 1)
-    ]
-    for line in lines:
-        if line["grad_norm"] == -1:
-            del line["grad_norm"]
-    return lines
-
-
-def _mark_skipped(config: Config, lines: list[dict[str, Any]], state: TrainState) -> int:
-    """Marks the lines of skipped steps and returns their number.
-
-    A gradient that is not finite shows in its own step's norm where that was computed, else in the
-    next step's loss; or in the state, where an infinite bias before a ReLU hides from the losses.
-
-    Raises:
-        NotFinite: the run can't go on. Nothing of the segment has been recorded or saved.
-    """
-    figures = ("loss", "grad_norm")
-    bad = [x for x in lines if not all(math.isfinite(x[k]) for k in figures if k in x)]
-    finite = bool(trees.all_finite(state))
-    if finite and (config.train.skip_nonfinite or not bad):
-        for line in bad:
-            line |= {"loss": None, "accuracy": None, "grad_norm": None, "skipped": True}
-        return len(bad)
-    line = (bad or lines[-1:])[0]
-    raise NotFinite(
-        f"loss {line['loss']:g}, learning rate {line['learning_rate']:g}, gradient norm "
-        f"{line.get('grad_norm', math.nan):g} at step {line['step']}: no longer finite, and not "
-        "saved; lower optim.learning_rate, or set optim.clip_norm or train.skip_nonfinite"
-    )
 
 
 def _end_epoch(

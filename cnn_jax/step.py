@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from cnn_jax import augment, kernels, losses, mesh, models, optim, trees
+from cnn_jax import augment, kernels, losses, mesh, mixing, models, optim, trees
 from cnn_jax.config import Config, InitConfig, RuntimeConfig, TrainConfig
 from cnn_jax.data import ImageDataset, stream
 from cnn_jax.models import inspection
@@ -352,7 +352,7 @@ def _training_view(setup: Setup, batch: Batch, key: Array) -> tuple[Array, Array
     images = augment.training_view(batch.images, key, setup.config.data, config)
     if not (config.mixup or config.cutmix):
         return images, batch.labels
-    return augment.mix(images, batch.labels, key, setup.n_classes, config.mixup, config.cutmix)
+    return mixing.mix(images, batch.labels, key, setup.n_classes, config.mixup, config.cutmix)
 
 
 def _weighted_losses(

@@ -8,8 +8,10 @@ import dataclasses
 import json
 import math
 import numbers
+import re
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from cnn_jax.errors import UserError, did_you_mean, nearest
@@ -190,3 +192,20 @@ def _example(kind: Any) -> str:
 
 def _is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises a UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_patterns(field_name: str, patterns: Sequence[str]) -> None:
+    """Refuses what are not regular expressions, and one that is there twice."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            message = f"{field_name}: invalid regular expression {pattern}: {error}"
+            raise UserError(message) from None
+    require(len(set(patterns)) == len(patterns), f"{field_name} has a pattern twice")

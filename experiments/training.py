@@ -16,9 +16,9 @@ from cnn_jax import fields
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
-from cnn_jax.fit import NotFinite
 from cnn_jax.models import inspection
 from cnn_jax.runs import outcome
+from cnn_jax.runs.lines import NotFinite
 from cnn_jax.runs.log import RunLog
 from cnn_jax.tools.report import FinishedRun
 from cnn_jax.tools.train import train

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from cnn_jax import augment, distort
+from cnn_jax import augment, distort, mixing
 from cnn_jax.config import AugmentConfig, DataConfig
+from cnn_jax.tools import figures
 
 KEY = jax.random.key(3)
 RAMP = jnp.arange(2 * 6 * 6 * 3, dtype=jnp.float32).reshape(2, 6, 6, 3) + 1
@@ -149,9 +150,9 @@ SCALED = DataConfig(normalize=((0.5, 0.4, 0.3), (0.2, 0.25, 0.5)))
 # Compiled as training compiles them, which is also faster than one operation at a time.
 training_view = jax.jit(augment.training_view, static_argnums=(2, 3))
 random_resized_crop = jax.jit(distort.random_resized_crop, static_argnums=(2, 3))
-random_erase = jax.jit(augment.random_erase, static_argnums=2)
+random_erase = jax.jit(mixing.random_erase, static_argnums=2)
 color_jitter = jax.jit(distort.color_jitter, static_argnums=2)
-mix = jax.jit(augment.mix, static_argnums=(3, 4, 5))
+mix = jax.jit(mixing.mix, static_argnums=(3, 4, 5))
 
 
 def test_training_view_keeps_the_bits_of_the_changes_that_came_first():
@@ -181,7 +182,7 @@ def test_training_view_gives_each_change_a_key_of_its_own():
         crop, color, operation, erase, _ = (jax.random.fold_in(KEY, i) for i in range(3, 8))
         seen = distort.random_resized_crop(images, crop, (16, 16), 0.5) / 255
         seen = distort.randaugment(distort.color_jitter(seen, color, jitter), operation, 1, 5.0)
-        seen = augment.random_erase(seen, erase, 0.5)
+        seen = mixing.random_erase(seen, erase, 0.5)
         mean, std = (jnp.array(x).reshape(1, 1, 1, 3) for x in SCALED.normalize)
         return augment.augment((seen - mean) / std, KEY, config)
 
@@ -270,8 +271,8 @@ def test_crops_keep_the_shape_of_images_whose_sides_differ():
 def test_denormalize_returns_the_pixels():
     pictures = jnp.arange(256, dtype=jnp.uint8).repeat(3).reshape(1, 16, 16, 3)
     values = augment.normalize(pictures, SCALED.normalize)
-    np.testing.assert_array_equal(augment.denormalize(values, SCALED.normalize), pictures)
-    outside = augment.denormalize(
+    np.testing.assert_array_equal(figures.denormalize(values, SCALED.normalize), pictures)
+    outside = figures.denormalize(
         jnp.array([-99.0, 99.0, 0.0]).reshape(1, 1, 1, 3), SCALED.normalize
     )
     np.testing.assert_array_equal(outside[0, 0, 0], [0, 255, 76])

@@ -272,3 +272,15 @@ def test_the_readme_lists_the_core():
     table = README.read_text().partition("<!-- core -->")[2].partition("<!-- /core -->")[0]
     files = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
     assert [name.replace("__init__.py", "") for name in files] == listed
+
+
+def test_the_core_is_read_in_an_hour():
+    """At most 2,000 lines that are not blank; what does not fit stands around the core."""
+    table = README.read_text().partition("<!-- core -->")[2].partition("<!-- /core -->")[0]
+    lines = 0
+    for cell in re.findall(r"^\| (`[^|]+`) \|", table, re.MULTILINE):
+        first, *others = re.findall(r"`([^`]+)`", cell)
+        for path in (first, *(str(Path(first).parent / other) for other in others)):
+            text = (ROOT / "cnn_jax" / path).read_text()
+            lines += sum(bool(line.strip()) for line in text.splitlines())
+    assert 1500 < lines <= 2000

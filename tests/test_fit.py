@@ -26,7 +26,8 @@ from cnn_jax import trees
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError
-from cnn_jax.fit import Moment, Progress, every
+from cnn_jax.fit import Progress
+from cnn_jax.hooks import Moment, every
 from cnn_jax.runs import checkpoint
 from cnn_jax.runs.checkpoint import Checkpoints
 from cnn_jax.runs.folder import RunFolder

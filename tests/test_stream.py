@@ -36,7 +36,7 @@ from cnn_jax.config import (
 from cnn_jax.data import ImageDataset, dataset, stream
 from cnn_jax.data.dataset import LazyImages
 from cnn_jax.errors import UserError
-from cnn_jax.fit import Moment, every
+from cnn_jax.hooks import Moment, every
 from cnn_jax.runs import processes
 from cnn_jax.runs.folder import RunFolder
 from cnn_jax.step import Setup

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 from rich.console import Console
 
-from cnn_jax import augment, saliency
+from cnn_jax import augment, mixing, saliency
 from cnn_jax.errors import printable
 from cnn_jax.models import inspection
 from cnn_jax.runs.folder import RunFolder, check_config
@@ -124,8 +125,8 @@ def training_views(run: FinishedRun) -> tuple[np.ndarray, np.ndarray]:
         seen = augment.training_view(images, key, config.data, config.augment)
         mixup, cutmix = config.augment.mixup, config.augment.cutmix
         if mixup or cutmix:
-            seen, _ = augment.mix(seen, jnp.asarray(labels), key, n_classes, mixup, cutmix)
-        return augment.denormalize(seen, config.data.normalize)
+            seen, _ = mixing.mix(seen, jnp.asarray(labels), key, n_classes, mixup, cutmix)
+        return denormalize(seen, config.data.normalize)
 
     return stored, np.stack([view(stored, jnp.int32(i)) for i in range(_VIEWS)], axis=1)
 
@@ -169,3 +170,11 @@ def heat_maps(run: FinishedRun, layer: str) -> "Figure":
     square = saliency.square(*images.shape[1:3])
     seen = run.predictor.seen_shape[:2]
     return drawing.heat_maps(images, names, np.stack(occluded), square, cam, seen)
+
+
+def denormalize(
+    images: Float[Array, "batch height width channels"], normalization: augment.Normalization
+) -> UInt8[Array, "batch height width channels"]:
+    """Returns the pixels that `augment.normalize` takes to these values, cut to [0, 255]."""
+    mean, std = (jnp.reshape(jnp.array(x), (1, 1, 1, len(x))) for x in normalization)
+    return jnp.clip(jnp.round((images * std + mean) * 255), 0, 255).astype(jnp.uint8)

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 from rich.console import Console
 
-from cnn_jax import fit, kernels, memory, mesh
+from cnn_jax import batches, fit, kernels, memory, mesh
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, printable
@@ -122,7 +122,7 @@ def _images(setup: Setup, dataset: ImageDataset, key: jax.Array, n_steps: int) -
     images = dataset.train.images
     if isinstance(images, np.ndarray):
         return mesh.lend(images)
-    numbers = fit.step_numbers(setup, len(images), key)
+    numbers = batches.step_numbers(setup, len(images), key)
     read = memory.empty_images(n_steps, len(numbers.places), *images.shape[1:])
     for step, batch in enumerate(read):
         batch[:] = images[numbers(step)]

@@ -15,11 +15,13 @@ from cnn_jax import data, metrics, trees, user_code
 from cnn_jax.config import Config
 from cnn_jax.data import ImageDataset
 from cnn_jax.errors import UserError, printable
-from cnn_jax.fit import Hook, NotFinite, Result, evaluate, fit
+from cnn_jax.fit import Result, evaluate, fit
+from cnn_jax.hooks import Hook
 from cnn_jax.metrics import Evaluation
 from cnn_jax.predictor import Predictor
 from cnn_jax.runs import outcome, processes
 from cnn_jax.runs.folder import RunFolder
+from cnn_jax.runs.lines import NotFinite
 from cnn_jax.runs.log import RunLog
 from cnn_jax.tools import Request, report
 from cnn_jax.tools.evaluate import load_dataset, print_classes
