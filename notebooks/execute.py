@@ -41,7 +41,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 
 
 def shrink_pictures(notebook: nbformat.NotebookNode) -> None:
-    """Reduces each picture to 256 colors, which takes a third of the space."""
+    """Reduces each picture to 256 colours, which takes a third of the space."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for output in (output for cell in cells for output in cell.outputs):
         if "image/png" in output.get("data", {}):
