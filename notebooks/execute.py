@@ -54,9 +54,7 @@ def shrink_pictures(notebook: nbformat.NotebookNode) -> None:
 
 def main(names: list[str]) -> None:
     """Runs the notebooks of these names, or all."""
-    for path in sorted(FOLDER.glob("*.ipynb")):
-        if names and path.stem not in names:
-            continue
+    for path in [FOLDER / f"{name}.ipynb" for name in names] or sorted(FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         execute(notebook)
         shrink_pictures(notebook)
