@@ -30,9 +30,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
 
 CHAPTER_IMAGE = np.array(
-    [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 0], [0, 1, 1, 0, 0]]
+    [[1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
 )
-"""A 5x5 binary image whose feature map starts with 3, as in the chapter."""
+"""A 5x5 binary image that starts with the chapter's patch, for which the kernel gives 3."""
 CHAPTER_KERNEL = np.eye(3, dtype=int)
 """The chapter's 3x3 diagonal kernel."""
 
