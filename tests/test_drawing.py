@@ -48,7 +48,7 @@ def test_the_chapters_convolution_gives_three_first():
         "feature map, 3x3",
     ]
     assert figure.get_supxlabel() == (
-        "first value: 1·1 + 1·0 + 1·0 + 0·0 + 1·1 + 1·0 + 0·0 + 0·0 + 1·1 = 3"
+        "first value: 1·1 + 1·0 + 1·0 + 0·0 + 1·1 + 1·0 + 0·0 + 1·0 + 1·1 = 3"
     )
     assert width(drawing.png(figure)) == 960
 
