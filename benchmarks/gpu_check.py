@@ -38,6 +38,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+PARTS_OF_JAX = (sys.executable, str(HERE / "gpu_parts.py"))
 Row = dict[str, Any]
 
 TFLOPS = {"bfloat16": 989.5, "float32": 494.7, "float32, highest": 66.9}
@@ -136,6 +137,7 @@ class Check:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.parts = [int(part) for part in options.parts.split(",")]
         self.rehearsal, self.scratch, self.cifar = options.rehearsal, folder, options.cifar
+        self.torch = options.torch_python
         self.report = Report(Path(options.out), self.parts, options.rehearsal)
         minutes = 30 if self.rehearsal else options.minutes
         self._end = time.monotonic() + 60 * minutes
@@ -166,10 +168,7 @@ class Check:
 
     def start(self, command: list[str], environment: dict[str, str]) -> "Process":
         """Starts a process that gets --rehearsal in a rehearsal."""
-        own = HERE / "gpu_parts.py"
-        command = [sys.executable, str(own), *command] if command[0] != sys.executable else command
-        is_ours = command[1].endswith(("gpu_parts.py", "gpu_torch.py"))
-        return Process(command + ["--rehearsal"] * (self.rehearsal and is_ours), environment)
+        return Process(command + ["--rehearsal"] * self.rehearsal, environment)
 
     def collect(self, part: int, *command: str, **environment: str) -> list[Row]:
         """Runs a part of gpu_parts.py to its end or limit, and adds its rows to the report."""
@@ -177,7 +176,7 @@ class Check:
         if self.left() < 5:
             self.report.miss(part, name, "not reached in time")
             return rows
-        process = self.start(list(command), self.environment(**environment))
+        process = self.start([*PARTS_OF_JAX, *command], self.environment(**environment))
         try:
             while (row := process.read(self.left())) is not None:
                 rows.append(row)
@@ -340,14 +339,16 @@ class Workers:
 
     def __init__(self, check: Check) -> None:
         self._check = check
-        self.has_torch = not check.rehearsal and util.find_spec("torch") is not None
+        self.has_torch = bool(check.torch) or (
+            not check.rehearsal and util.find_spec("torch") is not None
+        )
         self._running: dict[str, Process] = {}
 
     def ask(self, worker: str, request: Row, seconds: float) -> Row:
         """Returns the answer of a process such as "jax 0" or "torch 1", or {"missing": ...}."""
         if worker not in self._running:
-            torch = [sys.executable, str(HERE / "gpu_torch.py")]
-            command = ["serve"] if worker.startswith("jax") else torch
+            torch = [self._check.torch or sys.executable, str(HERE / "gpu_torch.py")]
+            command = [*PARTS_OF_JAX, "serve"] if worker.startswith("jax") else torch
             self._running[worker] = self._check.start(command, self._check.environment())
         process = self._running[worker]
         try:
@@ -388,7 +389,8 @@ def competitors(name: str, batch: int, torch: bool, rehearsal: bool) -> dict[str
     if name not in PHOTOS:
         model = configs.get(name).model
         request |= {"blocks": model.blocks, "dense": model.dense, "dropout": model.dropout}
-    for dtype, compiled in (("bfloat16", False), ("bfloat16", True), ("float32", True)):
+    of_torch = [("bfloat16", False), ("bfloat16", True), ("float32", True)]
+    for dtype, compiled in of_torch[:1] if rehearsal else of_torch:
         kind = f"PyTorch {dtype}, {'torch.compile' if compiled else 'eager'}"
         found |= {kind: request | {"dtype": dtype, "compile": compiled}} if torch else {}
     return found
@@ -551,6 +553,7 @@ def main() -> None:
     parser.add_argument("--parts", default="1,2,3,4,5")
     parser.add_argument("--out", default=str(ROOT / "build" / "gpu_check"))
     parser.add_argument("--cifar", default="", help="folder of part1.npz to part3.npz")
+    parser.add_argument("--torch_python", default="", help="if PyTorch is in another environment")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
     parser.add_argument("--rehearsal", action="store_true", help="tiny, on a CPU")
     options = parser.parse_args()
