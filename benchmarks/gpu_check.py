@@ -55,12 +55,12 @@ ACCURACY |= dict.fromkeys(("simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout"),
 class Report:
     """The rows of this call and of earlier ones, written after each change."""
 
-    def __init__(self, folder: Path, parts: list[int], rehearsal: bool) -> None:
+    def __init__(self, folder: Path, parts: list[int], commit: str, rehearsal: bool) -> None:
         self._folder, self._rehearsal = folder, rehearsal
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "gpu_check.json"
         old = json.loads(self._path.read_text()) if self._path.exists() else {"rows": []}
-        self.machine = describe_machine()
+        self.machine = describe_machine(commit)
         self.rows: list[Row] = [row for row in old["rows"] if row["part"] not in parts]
         self.write()
 
@@ -89,11 +89,11 @@ class Report:
         (self._folder / "gpu_check.md").write_text(to_markdown(found))
 
 
-def describe_machine() -> Row:
+def describe_machine(commit: str) -> Row:
     """Returns card, driver, versions and commit, without importing JAX."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = {"card": _output(query) or "none", "commit": _output(git) or "unknown"}
+    found = {"card": _output(query) or "none", "commit": commit or _output(git) or "unknown"}
     found |= {"python": platform.python_version(), "cores": os.cpu_count()}
     for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "timm", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -138,7 +138,8 @@ class Check:
         self.parts = [int(part) for part in options.parts.split(",")]
         self.rehearsal, self.scratch, self.cifar = options.rehearsal, folder, options.cifar
         self.torch = options.torch_python
-        self.report = Report(Path(options.out), self.parts, options.rehearsal)
+        out, commit = Path(options.out), options.commit
+        self.report = Report(out, self.parts, commit, options.rehearsal)
         minutes = 30 if self.rehearsal else options.minutes
         self._end = time.monotonic() + 60 * minutes
         self._part_end = self._end
@@ -553,6 +554,7 @@ def main() -> None:
     parser.add_argument("--parts", default="1,2,3,4,5")
     parser.add_argument("--out", default=str(ROOT / "build" / "gpu_check"))
     parser.add_argument("--cifar", default="", help="folder of part1.npz to part3.npz")
+    parser.add_argument("--commit", default="", help="where the copy of the project has no .git")
     parser.add_argument("--torch_python", default="", help="if PyTorch is in another environment")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
     parser.add_argument("--rehearsal", action="store_true", help="tiny, on a CPU")
