@@ -294,9 +294,15 @@ def devices_and_bits(check: Check) -> None:
             return {"missing": f"exit code {code}: {line}"}
         found = json.loads((check.scratch / workdir / "summary.json").read_text())
         row = {key: found[key] for key in ("test_accuracy", "seconds", "params_sha256")}
-        for i in range(int(deterministic == "true") if check.rehearsal else 2):
+
+        def verify(i: int) -> str:
             code, line = run_main(check, f"cold-{workdir}-{i}", "--mode=verify", *flags)
-            row[f"verification {i + 1}"] = "the same bits" if code == 0 else line
+            return "the same bits" if code == 0 else line
+
+        n = int(deterministic == "true") if check.rehearsal else 2
+        with ThreadPoolExecutor(2) as pool:
+            for i, found in enumerate(pool.map(verify, range(n)), start=1):
+                row[f"verification {i}"] = found
         return row
 
     with ThreadPoolExecutor(2) as pool:
