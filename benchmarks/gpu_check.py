@@ -38,6 +38,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+PARTS_OF_JAX = (sys.executable, str(HERE / "gpu_parts.py"))
 Row = dict[str, Any]
 
 TFLOPS = {"bfloat16": 989.5, "float32": 494.7, "float32, highest": 66.9}
@@ -54,12 +55,12 @@ ACCURACY |= dict.fromkeys(("simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout"),
 class Report:
     """The rows of this call and of earlier ones, written after each change."""
 
-    def __init__(self, folder: Path, parts: list[int], rehearsal: bool) -> None:
+    def __init__(self, folder: Path, parts: list[int], commit: str, rehearsal: bool) -> None:
         self._folder, self._rehearsal = folder, rehearsal
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "gpu_check.json"
         old = json.loads(self._path.read_text()) if self._path.exists() else {"rows": []}
-        self.machine = describe_machine()
+        self.machine = describe_machine(commit)
         self.rows: list[Row] = [row for row in old["rows"] if row["part"] not in parts]
         self.write()
 
@@ -88,11 +89,11 @@ class Report:
         (self._folder / "gpu_check.md").write_text(to_markdown(found))
 
 
-def describe_machine() -> Row:
+def describe_machine(commit: str) -> Row:
     """Returns card, driver, versions and commit, without importing JAX."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = {"card": _output(query) or "none", "commit": _output(git) or "unknown"}
+    found = {"card": _output(query) or "none", "commit": commit or _output(git) or "unknown"}
     found |= {"python": platform.python_version(), "cores": os.cpu_count()}
     for package in ("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "timm", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -136,7 +137,9 @@ class Check:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.parts = [int(part) for part in options.parts.split(",")]
         self.rehearsal, self.scratch, self.cifar = options.rehearsal, folder, options.cifar
-        self.report = Report(Path(options.out), self.parts, options.rehearsal)
+        self.torch = options.torch_python
+        out, commit = Path(options.out), options.commit
+        self.report = Report(out, self.parts, commit, options.rehearsal)
         minutes = 30 if self.rehearsal else options.minutes
         self._end = time.monotonic() + 60 * minutes
         self._part_end = self._end
@@ -166,10 +169,7 @@ class Check:
 
     def start(self, command: list[str], environment: dict[str, str]) -> "Process":
         """Starts a process that gets --rehearsal in a rehearsal."""
-        own = HERE / "gpu_parts.py"
-        command = [sys.executable, str(own), *command] if command[0] != sys.executable else command
-        is_ours = command[1].endswith(("gpu_parts.py", "gpu_torch.py"))
-        return Process(command + ["--rehearsal"] * (self.rehearsal and is_ours), environment)
+        return Process(command + ["--rehearsal"] * self.rehearsal, environment)
 
     def collect(self, part: int, *command: str, **environment: str) -> list[Row]:
         """Runs a part of gpu_parts.py to its end or limit, and adds its rows to the report."""
@@ -177,7 +177,7 @@ class Check:
         if self.left() < 5:
             self.report.miss(part, name, "not reached in time")
             return rows
-        process = self.start(list(command), self.environment(**environment))
+        process = self.start([*PARTS_OF_JAX, *command], self.environment(**environment))
         try:
             while (row := process.read(self.left())) is not None:
                 rows.append(row)
@@ -294,9 +294,15 @@ def devices_and_bits(check: Check) -> None:
             return {"missing": f"exit code {code}: {line}"}
         found = json.loads((check.scratch / workdir / "summary.json").read_text())
         row = {key: found[key] for key in ("test_accuracy", "seconds", "params_sha256")}
-        for i in range(int(deterministic == "true") if check.rehearsal else 2):
+
+        def verify(i: int) -> str:
             code, line = run_main(check, f"cold-{workdir}-{i}", "--mode=verify", *flags)
-            row[f"verification {i + 1}"] = "the same bits" if code == 0 else line
+            return "the same bits" if code == 0 else line
+
+        n = int(deterministic == "true") if check.rehearsal else 2
+        with ThreadPoolExecutor(2) as pool:
+            for i, found in enumerate(pool.map(verify, range(n)), start=1):
+                row[f"verification {i}"] = found
         return row
 
     with ThreadPoolExecutor(2) as pool:
@@ -340,14 +346,16 @@ class Workers:
 
     def __init__(self, check: Check) -> None:
         self._check = check
-        self.has_torch = not check.rehearsal and util.find_spec("torch") is not None
+        self.has_torch = bool(check.torch) or (
+            not check.rehearsal and util.find_spec("torch") is not None
+        )
         self._running: dict[str, Process] = {}
 
     def ask(self, worker: str, request: Row, seconds: float) -> Row:
         """Returns the answer of a process such as "jax 0" or "torch 1", or {"missing": ...}."""
         if worker not in self._running:
-            torch = [sys.executable, str(HERE / "gpu_torch.py")]
-            command = ["serve"] if worker.startswith("jax") else torch
+            torch = [self._check.torch or sys.executable, str(HERE / "gpu_torch.py")]
+            command = [*PARTS_OF_JAX, "serve"] if worker.startswith("jax") else torch
             self._running[worker] = self._check.start(command, self._check.environment())
         process = self._running[worker]
         try:
@@ -388,7 +396,8 @@ def competitors(name: str, batch: int, torch: bool, rehearsal: bool) -> dict[str
     if name not in PHOTOS:
         model = configs.get(name).model
         request |= {"blocks": model.blocks, "dense": model.dense, "dropout": model.dropout}
-    for dtype, compiled in (("bfloat16", False), ("bfloat16", True), ("float32", True)):
+    of_torch = [("bfloat16", False), ("bfloat16", True), ("float32", True)]
+    for dtype, compiled in of_torch[:1] if rehearsal else of_torch:
         kind = f"PyTorch {dtype}, {'torch.compile' if compiled else 'eager'}"
         found |= {kind: request | {"dtype": dtype, "compile": compiled}} if torch else {}
     return found
@@ -551,6 +560,8 @@ def main() -> None:
     parser.add_argument("--parts", default="1,2,3,4,5")
     parser.add_argument("--out", default=str(ROOT / "build" / "gpu_check"))
     parser.add_argument("--cifar", default="", help="folder of part1.npz to part3.npz")
+    parser.add_argument("--commit", default="", help="where the copy of the project has no .git")
+    parser.add_argument("--torch_python", default="", help="if PyTorch is in another environment")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
     parser.add_argument("--rehearsal", action="store_true", help="tiny, on a CPU")
     options = parser.parse_args()

@@ -42,16 +42,17 @@ def make_config(name: str, dtype: str = "bfloat16") -> Config:
 
 
 @cache
-def lower(config: Config, choice: str = "auto") -> jax.stages.Lowered:
+def lower(config: Config, choice: str = "auto", streamed: bool = False) -> jax.stages.Lowered:
     """Returns the segment as it is lowered where JAX finds a GPU, with `choice` of kernels."""
     side = 256 if config.data.name == "folder" else 32
     images = np.zeros((N_IMAGES, side, side, 3), np.uint8)
     split = Split(images, np.arange(N_IMAGES, dtype=np.int32) % 10)
     dataset = ImageDataset("none", "made in a test", tuple("abcdefghij"), split, None, split, ())
-    setup = Setup.of(config, dataset)
+    setup = replace(Setup.of(config, dataset), streamed=streamed)
+    shape = (config.runtime.segment_steps, 32, side, side, 3) if streamed else images.shape
     inputs = (
         jax.eval_shape(lambda: init_state(setup, jax.random.key(0))),
-        jax.ShapeDtypeStruct(images.shape, np.uint8),
+        jax.ShapeDtypeStruct(shape, np.uint8),
         jax.ShapeDtypeStruct((N_IMAGES,), np.int32),
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((), np.int32),
@@ -152,3 +153,15 @@ def test_the_state_is_donated(name: str):
     aliases = re.findall(r"%arg(\d+): tensor<[^%]*?tf\.aliasing_output = (\d+)", lowered.as_text())
     assert [int(argument) for argument, _ in aliases] == list(range(len(state)))
     assert all(argument == output for argument, output in aliases)
+
+
+def test_streamed_images_are_those_of_a_segment_alone():
+    """The other inputs are the state, labels, a key and a number."""
+    config = edit(make_config("quickstart"), runtime={"segment_steps": 5})
+    (arguments,) = re.findall(
+        r"func\.func public @main\((.*?)\) -> \(", lower(config, streamed=True).as_text()
+    )
+    assert re.findall(r"tensor<(\w*)xui8>", arguments) == ["5x32x32x32x3"]
+    (whole,) = re.findall(r"func\.func public @main\((.*?)\) -> \(", program("quickstart"))
+    assert re.findall(r"tensor<(\w*)xui8>", whole) == [f"{N_IMAGES}x32x32x3"]
+    assert UNWANTED.findall(lower(config, streamed=True).as_text()) == []

@@ -26,6 +26,21 @@ def test_padding_a_batch_changes_no_logit(monkeypatch: pytest.MonkeyPatch, batch
     np.testing.assert_allclose(found, trained.model.apply(trained.variables, normal), atol=1e-6)
 
 
+@pytest.mark.parametrize(("side", "most"), [(8, 250), (32, 250), (224, 32), (512, 6), (1500, 1)])
+def test_the_images_at_once_fit_a_device(monkeypatch: pytest.MonkeyPatch, side: int, most: int):
+    """Whatever their number: as many pixels as 32 images of 224x224 have, or one image."""
+    seen = []
+
+    def logits(model, variables, images, **_) -> np.ndarray:
+        seen.append(images.shape)
+        return np.zeros((len(images), 3), np.float32)
+
+    monkeypatch.setattr(predictor, "_logits", logits)
+    images = np.broadcast_to(np.zeros((side, side, 3), np.uint8), (2 * most + 1, side, side, 3))
+    assert random_predictor(VGG).logits(images).shape == (2 * most + 1, 3)
+    assert seen == [(most, side, side, 3)] * 3
+
+
 def test_logits_depend_on_the_normalisation():
     trained = random_predictor(VGG)
     normalize = ((0.5, 0.25, 0.125), (0.2, 0.3, 0.4))

