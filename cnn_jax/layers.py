@@ -70,35 +70,27 @@ class Conv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each channel of NHWC images with its own kernel, and its activation.
+    """A convolution of each channel of NHWC images with its own kernel.
 
-    It has the parameters of nn.Conv with as many groups as channels: `kernel` [height, width, 1,
-    channels] and `bias` [channels].
+    It has the parameter of nn.Conv with as many groups as channels: `kernel` [height, width, 1,
+    channels].
     """
 
     kernel_size: Pair = (3, 3)
     strides: Pair = (1, 1)
     padding: Padding = "SAME"
-    use_bias: bool = False
-    activation: str | None = None
     dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(
         self, inputs: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch new_height new_width channels"]:
         """Returns feature maps of `dtype`."""
-        channels = inputs.shape[-1]
-        shape = (*self.kernel_size, 1, channels)
+        shape = (*self.kernel_size, 1, inputs.shape[-1])
         kernel = _param(self, "kernel", self.kernel_init, shape).astype(self.dtype)
         x = inputs.astype(self.dtype)
-        y = kernels.convolve_depthwise(x, kernel, self.strides, self.padding)
-        if self.use_bias:
-            bias = _param(self, "bias", self.bias_init, (channels,)).astype(self.dtype)
-            y += bias.reshape(1, 1, 1, -1)
-        return y if self.activation is None else ACTIVATIONS[self.activation](y)
+        return kernels.convolve_depthwise(x, kernel, self.strides, self.padding)
 
 
 class Dense(nn.Module):

@@ -70,27 +70,28 @@ def test_conv_has_the_parameters_values_and_gradients_of_linen(
 
 
 @pytest.mark.parametrize(
-    ("channels", "window", "strides", "padding", "use_bias", "choice"),
+    ("channels", "window", "strides", "padding", "choice"),
     [
-        (5, (3, 3), (1, 1), "SAME", False, "cpu"),
-        (5, (3, 3), (2, 2), "SAME", True, "cpu"),
-        (16, (5, 5), (2, 2), ((1, 2), (2, 1)), False, "cpu"),
-        (16, (5, 5), (1, 1), "SAME", True, "xla"),
+        (5, (3, 3), (1, 1), "SAME", "cpu"),
+        (5, (3, 3), (2, 2), "SAME", "cpu"),
+        (16, (5, 5), (2, 2), ((1, 2), (2, 1)), "cpu"),
+        (16, (5, 5), (1, 1), "SAME", "xla"),
     ],
 )
 def test_depthwise_conv_has_the_parameters_values_and_gradients_of_linen(
-    channels, window, strides, padding, use_bias: bool, choice: str
+    channels, window, strides, padding, choice: str
 ):
     x = normal(0, 2, 9, 8, channels)
-    settings = {"padding": padding, "use_bias": use_bias, "bias_init": nn.initializers.normal()}
-    ours = layers.DepthwiseConv(window, strides, activation="relu6", **settings)
-    linen = nn.Conv(channels, window, strides, feature_group_count=channels, **settings)
+    ours = layers.DepthwiseConv(window, strides, padding)
+    linen = nn.Conv(
+        channels, window, strides, padding, feature_group_count=channels, use_bias=False
+    )
     variables = linen.init(jax.random.key(0), x)
     with kernels.use(choice):
         same = ours.init(jax.random.key(0), x)
         found = value_and_gradients(ours.apply, variables, x)
     jax.tree.map(np.testing.assert_array_equal, same, variables)
-    expected = value_and_gradients(lambda v, x: nn.relu6(linen.apply(v, x)), variables, x)
+    expected = value_and_gradients(linen.apply, variables, x)
     for actual, exact in zip(found, expected, strict=True):
         assert_close(actual, exact, 2e-6)
 
@@ -106,10 +107,8 @@ def test_layers_return_what_follows_their_activation(activation: str | None):
         "gelu": lambda x: x * (1 + jax.scipy.special.erf(x / np.sqrt(2))) / 2,
     }
     images, rows = 4 * normal(0, 2, 4, 4, 4), 4 * normal(0, 2, 5)
-    depthwise = nn.Conv(4, (3, 3), feature_group_count=4, use_bias=False)
     for linear, layer, x in (
         (nn.Conv(4, (3, 3)), layers.Conv(4, activation=activation), images),
-        (depthwise, layers.DepthwiseConv(activation=activation), images),
         (nn.Dense(4), layers.Dense(4, activation=activation), rows),
     ):
         variables = linear.init(jax.random.key(1), x)
@@ -121,7 +120,7 @@ def test_layers_return_what_follows_their_activation(activation: str | None):
 def test_layers_compute_in_their_type_and_keep_parameters_of_float32(dtype: Any):
     for layer, x in (
         (layers.Conv(4, activation="gelu", dtype=dtype), normal(0, 2, 4, 4, 3)),
-        (layers.DepthwiseConv(use_bias=True, dtype=dtype), normal(0, 2, 4, 4, 3)),
+        (layers.DepthwiseConv(dtype=dtype), normal(0, 2, 4, 4, 3)),
         (layers.Dense(4, activation="gelu", dropout=0.5, dtype=dtype), normal(0, 2, 5)),
     ):
         y, variables = layer.init_with_output(jax.random.key(0), x)
@@ -307,7 +306,7 @@ def test_adaptive_averages_are_those_of_the_windows_that_cover_an_image():
     np.testing.assert_array_equal(layers.adaptive_average_pool(x[:, :, :5], 5), x[:, :, :5])
 
 
-@pytest.mark.parametrize("kind", [layers.Conv, layers.DepthwiseConv, layers.Dense])
+@pytest.mark.parametrize("kind", [layers.Conv, layers.Dense])
 def test_parameters_that_exist_are_not_drawn_again(kind: type):
     """Tracing random numbers, only to compare shapes, would take a quarter of a start."""
     drawn = []
@@ -316,8 +315,7 @@ def test_parameters_that_exist_are_not_drawn_again(kind: type):
         drawn.append(shape)
         return jnp.ones(shape, dtype)
 
-    features = () if kind is layers.DepthwiseConv else (3,)
-    layer = kind(*features, use_bias=True, kernel_init=drawing, bias_init=drawing)
+    layer = kind(3, use_bias=True, kernel_init=drawing, bias_init=drawing)
     x = jnp.ones((1, 8, 8, 4))
     variables = layer.init(jax.random.key(0), x)
     assert len(drawn) == 2
