@@ -11,6 +11,7 @@ import numbers
 import re
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -204,8 +205,11 @@ def require_patterns(field_name: str, patterns: Sequence[str]) -> None:
     """Refuses what are not regular expressions, and one that is there twice."""
     for pattern in patterns:
         try:
-            re.compile(pattern)
-        except re.error as error:
+            with warnings.catch_warnings():
+                # Of sets in sets, which a later Python will read in another way.
+                warnings.simplefilter("error", FutureWarning)
+                re.compile(pattern)
+        except (re.error, FutureWarning) as error:
             message = f"{field_name}: invalid regular expression {pattern}: {error}"
             raise UserError(message) from None
     require(len(set(patterns)) == len(patterns), f"{field_name} has a pattern twice")

@@ -170,7 +170,7 @@ def runs(config_name: str) -> list[Row]:
     if config_name in _REPORTED_IN:
         experiment, variant = _REPORTED_IN[config_name]
         return of(read_csv(EXPERIMENTS / experiment / "results.csv"), variant)
-    for experiment in ("chapter", "airbench"):
+    for experiment in ("chapter", "airbench", "airbench_muon"):
         if rows := of(read_csv(EXPERIMENTS / experiment / "results.csv"), config_name):
             return rows
     return []
