@@ -29,7 +29,7 @@ CIFAR10_IMAGES = 50_000
 MISSING = "not measured"
 
 # Of each config that is not a network of the experiments `chapter` and `airbench`.
-_REPORTED_IN = {"quickstart": ("quickstart", "quickstart"), "photos": ("photos", "photos-all")}
+_REPORTED_IN = {"quickstart": ("quickstart", "quickstart"), "photos": ("clothing", "photos")}
 _REPORTED_IN["photos_features"] = ("photos", "head-all")
 
 _NOT_THE_NETWORK = r"\d+ epochs|needs no|in minutes|Chapter:|Its author:"
