@@ -132,8 +132,8 @@ def training_speed() -> str:
         found_rows = [by_key.get((*column, kind)) for column in columns]
         against = next(row["against"] for row in found_rows if row)
         lines.append([f"{kind} / {against}", *map(_ratio, found_rows)])
-    loads = [f"{row['load']:.1f}" for row in ours]
-    lines.append(["load of the machine", *loads])
+    if all(row["load"] for row in ours):  # The oldest results have none.
+        lines.append(["load of the machine", *(f"{row['load']:.1f}" for row in ours)])
     share = [f"{row['share_of_gemm_rate']:.0%}" for row in ours]
     lines.append(["share of the speed of matrix products", *share])
     return markdown(["", *(model for model, _ in columns)], lines) + _origin(found)
@@ -208,8 +208,8 @@ def _benchmark(name: str) -> dict[str, Any] | None:
 def _ratio(row: dict[str, Any] | None) -> str:
     if row is None:
         return MISSING
-    low, high = row["quartiles"]
-    return f"{row['time_over_ours']:.2f} ({low:.2f} to {high:.2f})"
+    quartiles = "" if row["quartiles"] is None else " ({:.2f} to {:.2f})".format(*row["quartiles"])
+    return f"{row['time_over_ours']:.2f}{quartiles}"
 
 
 def _origin(found: dict[str, Any]) -> str:
