@@ -12,6 +12,7 @@ from statistics import quantiles
 from typing import Any
 
 from cnn_jax.kernels import cores
+from cnn_jax.runs import outcome
 
 HERE = Path(__file__).resolve().parent
 
@@ -21,15 +22,13 @@ def made_by(torch_python: str | None) -> dict[str, str]:
     arguments = [one for one in sys.argv[1:] if not one.startswith(("--torch_python", "--out"))]
     if torch_python:
         arguments.insert(0, "--torch_python=PATH")
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    ran = subprocess.run(git, capture_output=True, text=True, check=False)
     versions = [f"jax {version('jax')}"]
     if torch_python:
         command = [torch_python, "-c", "import torch; print(torch.__version__)"]
         versions.append(f"PyTorch {subprocess.check_output(command, text=True).strip()}")
     return {
         "command": f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(arguments)}`",
-        "commit": ran.stdout.strip() or "unknown",
+        "commit": outcome.commit() or "unknown",
         "hardware": f"{cores.usable_cpus()} cores of {platform.machine()}",
         "versions": ", ".join(versions),
     }

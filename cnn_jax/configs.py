@@ -19,9 +19,10 @@ from cnn_jax.config import (
     TrainConfig,
 )
 from cnn_jax.errors import UserError, nearest
+from cnn_jax.recipes import FROZEN, NEW_HEAD
 from cnn_jax.values import is_user_code
 
-_NEW_HEAD, _FROZEN, _LAST_BLOCK = ("head/.*", 1.0), (".*", None), ("{last}/.*", 0.1)
+_LAST_BLOCK = ("{last}/.*", 0.1)
 _BLOCK1, _BLOCK2, _BLOCK3 = (64, 64), (128, 128), (256, 256, 256)
 
 
@@ -102,7 +103,7 @@ def finetune_all() -> Config:
         name="finetune_all",
         data=DataConfig(name="folder"),
         init=InitConfig(checkpoint="runs/vgg3", skip=("head/.*",)),
-        optim=OptimConfig(learning_rate=0.01, schedule="cosine", groups=(_NEW_HEAD, (".*", 0.1))),
+        optim=OptimConfig(learning_rate=0.01, schedule="cosine", groups=(NEW_HEAD, (".*", 0.1))),
         train=TrainConfig(epochs=10, batch_size=32),
     )
 
@@ -116,7 +117,7 @@ def finetune_head() -> Config:
     return replace(
         base,
         name="finetune_head",
-        optim=replace(base.optim, groups=(_NEW_HEAD, _FROZEN)),
+        optim=replace(base.optim, groups=(NEW_HEAD, FROZEN)),
         train=replace(base.train, epochs=100, cache_frozen=True),
     )
 
@@ -127,7 +128,7 @@ def finetune_last_block() -> Config:
     return replace(
         base,
         name="finetune_last_block",
-        optim=replace(base.optim, groups=(_NEW_HEAD, _LAST_BLOCK, _FROZEN)),
+        optim=replace(base.optim, groups=(NEW_HEAD, _LAST_BLOCK, FROZEN)),
     )
 
 
@@ -139,7 +140,7 @@ def finetune_gradual() -> Config:
     """
     base = finetune_all()
     last = ("{last}/.*", ((0, None), (3, 0.1)))
-    groups = (_NEW_HEAD, last, (".*", ((0, None), (6, 0.1))))
+    groups = (NEW_HEAD, last, (".*", ((0, None), (6, 0.1))))
     return replace(base, name="finetune_gradual", optim=replace(base.optim, groups=groups))
 
 

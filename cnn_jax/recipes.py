@@ -15,7 +15,8 @@ from cnn_jax.config import (
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 """Mean and standard deviation of the channels of CIFAR-10's training images."""
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_NEW_HEAD, _FROZEN = ("head/.*", 1.0), (".*", None)
+NEW_HEAD, FROZEN = ("head/.*", 1.0), (".*", None)
+"""Groups of `optim.groups`: the head at the full rate, and all others frozen."""
 
 
 def photos() -> Config:
@@ -39,7 +40,7 @@ def photos() -> Config:
             schedule="cosine",
             warmup_epochs=0.3,
             groups=(
-                _NEW_HEAD,
+                NEW_HEAD,
                 ("{last}/.*", ((0, None), (1, 1.0))),
                 (".*", ((0, None), (1, 0.5))),
             ),
@@ -58,7 +59,7 @@ def photos_features() -> Config:
         base,
         name="photos_features",
         augment=AugmentConfig(),
-        optim=replace(base.optim, groups=(_NEW_HEAD, _FROZEN), warmup_epochs=0.0),
+        optim=replace(base.optim, groups=(NEW_HEAD, FROZEN), warmup_epochs=0.0),
         train=replace(base.train, epochs=30, label_smoothing=0.0, cache_frozen=True),
     )
 

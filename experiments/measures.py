@@ -49,7 +49,7 @@ def units(predictor: Predictor, dataset: ImageDataset) -> dict[str, float]:
     The layers must contain their activation function, as those of simple_cnn and vgg do. The
     outputs are those for the first training images.
     """
-    layers = inspection.summarize(predictor.model, predictor.image_shape)
+    layers = inspection.summarize(predictor.model, predictor.seen_shape)
     names = [row.name for row in layers if row.kind in ("Conv", "Dense") and row.name != "head"]
     outputs = predictor.activations(dataset.train.images[:_N_ACTIVATIONS], names)
     shares = {}

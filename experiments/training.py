@@ -2,7 +2,6 @@
 
 import math
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +139,7 @@ def _row(store: Store, workdir: Path, finished: FinishedRun) -> Row:
     if problem:
         raise UserError(f"{workdir} {problem}; remove it, or choose another --runs")
     validated = {line["epoch"]: line["validation_accuracy"] for line in curve}
-    layers = inspection.summarize(predictor.model, predictor.image_shape)
+    layers = inspection.summarize(predictor.model, predictor.seen_shape)
     row = {name: found.get(name) for name in RESULTS}
     row |= {
         "validation_accuracy": validated.get(found["epochs"]),
@@ -162,15 +161,5 @@ def _provenance(found: Any) -> Row:
         "data_sha256": found["data"]["sha256"],
         "device": f"{where} of {platform.machine()}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "commit": _commit(),
+        "commit": outcome.commit(),
     }
-
-
-def _commit() -> str:
-    """Returns the checked-out commit, marked if files differ from it, or "" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()

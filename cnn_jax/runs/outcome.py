@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
@@ -60,6 +61,16 @@ def versions() -> dict[str, str]:
     """Returns the versions that a run's bits may depend on."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **found}
+
+
+def commit() -> str:
+    """Returns the checked-out commit, marked if files differ from it, or "" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def device() -> dict[str, Any]:
