@@ -57,7 +57,7 @@ from experiments.tables import Row, Table
 
 ROOT = Path(__file__).parents[1]
 
-# 20 digits of each class in batches of 32: seven steps an epoch. The network sees half of each side.
+# 20 digits of each class in batches of 32: seven steps an epoch. Half of each side is seen.
 BASE = Config(
     data=DataConfig(image_size=8, crop=0.5, images_per_class=20),
     model=ModelConfig(name="vgg", blocks=((4,),), dense=()),
