@@ -1,8 +1,8 @@
 """Divides CIFAR-10 into files that can be carried to a machine without a network, and reads them.
 
-python benchmarks/carry_cifar.py FOLDER [--tiny]    # writes part1.npz to part3.npz, 31 MB each
+python benchmarks/carry_cifar.py FOLDER [--tiny]    # writes part1.npz and part2.npz, 47 MB each
 
-Each part has a third of the training and of the test images, as lossless WebP. Where all parts lie
+Each part has half of the training and of the test images, as lossless WebP. Where all parts lie
 in one folder, `read_parts` puts them together again. They are made from what data.name=cifar10
 loads, so their pixels are the same; `--tiny` makes parts of random images, for a rehearsal.
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-N_PARTS = 3
+N_PARTS = 2
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 """Training images and labels, test images and labels, and the names of the classes."""
 
 
 def write_parts(folder: Path, arrays: Arrays) -> None:
-    """Writes the files; part i has every third image from i on."""
+    """Writes the files; part i has every N_PARTS-th image from i on."""
     folder.mkdir(parents=True, exist_ok=True)
     *data, names = arrays
     for i in range(N_PARTS):

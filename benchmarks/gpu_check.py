@@ -44,19 +44,25 @@ Row = dict[str, Any]
 TFLOPS = {"bfloat16": 989.5, "float32": 494.7, "float32, highest": 66.9}
 """Peak of an H100 SXM or H200, dense: half of what NVIDIA's data sheets (H100, H200 Tensor Core
 GPU, 2024) give with sparsity for bfloat16 and TF32; for float32 without tensor cores, all of it."""
-LIMITS = {1: 110, 2: 200, 3: 75, 4: 300, 5: 75}
+LIMITS = {1: 80, 2: 180, 3: 60, 4: 300, 5: 80}
 """Seconds of each part, less where --minutes leave less."""
 PHOTOS = ("resnet50", "efficientnet_lite0")
-ACCURACY = {"airbench": 10, "airbench_muon": 10, "airbench96": 3}
-ACCURACY |= dict.fromkeys(("simple_cnn", "vgg1", "vgg2", "vgg3", "vgg_dropout"), 5)
-"""The configs of part 4, and of each the number of seeds."""
+KINDS = ("bfloat16", "PyTorch bfloat16, eager", "PyTorch bfloat16, torch.compile")
+KINDS += ("float32", "PyTorch float32, torch.compile", "float32, highest")
+"""Each network of part 2 in each of these ways; the first are the most telling."""
+FAST = {"airbench": 10, "airbench_muon": 10, "airbench96": 3}
+"""Configs of part 4 that are trained in bfloat16, and of each the number of seeds."""
+ALONE = {"airbench": 2, "airbench_muon": 2}
+"""Of these so many of the seeds are trained while nothing else runs."""
+CHAPTER = ("vgg_dropout", "vgg3", "vgg2", "vgg1", "simple_cnn")
+"""Further configs of part 4, with 5 seeds."""
 
 
 class Report:
     """The rows of this call and of earlier ones, written after each change."""
 
     def __init__(self, folder: Path, parts: list[int], commit: str, rehearsal: bool) -> None:
-        self._folder, self._rehearsal = folder, rehearsal
+        self._folder, self._rehearsal, self._lock = folder, rehearsal, threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "gpu_check.json"
         old = json.loads(self._path.read_text()) if self._path.exists() else {"rows": []}
@@ -66,9 +72,10 @@ class Report:
 
     def add(self, part: int, row: Row) -> None:
         """Keeps a result, prints it, and writes both files."""
-        self.rows.append({"part": part, **row})
-        print(json.dumps(self.rows[-1]), flush=True)
-        self.write()
+        with self._lock:
+            self.rows.append({"part": part, **row})
+            print(json.dumps(self.rows[-1]), flush=True)
+            self.write()
 
     def miss(self, part: int, name: str, why: str, expected: bool = False) -> None:
         """Keeps that a result is missing, and why; `expected`: because nothing is there for it."""
@@ -278,7 +285,7 @@ def run_main(check: Check, cache: str, *flags: str, **environment: str) -> tuple
         )
     except subprocess.TimeoutExpired:
         return -1, "ended at its limit of time"
-    lines = (done.stdout + done.stderr).strip().splitlines()
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
     return done.returncode, lines[-1] if lines else ""
 
 
@@ -315,28 +322,32 @@ def devices_and_bits(check: Check) -> None:
 def speed(check: Check) -> None:
     """Part 2: the most telling sizes first, since the time may not suffice for all.
 
-    All competitors of a group are built, then timed in turn. The first groups are built one after
-    the other, as nothing else may run while XLA and cuDNN choose the fastest of their kernels; the
-    rest several at once, by which a choice may be worse than it had to be.
+    All competitors of a group are built, then timed in turn. XLA and cuDNN choose the fastest of
+    their kernels while they build. What else runs then can spoil a choice, so of several networks
+    no more than two of each framework are built at a time.
     """
     workers = Workers(check)
     if not workers.has_torch:
         check.report.miss(2, "PyTorch", "not installed, or a rehearsal", expected=True)
-    rest = ("vgg_dropout", "resnet_small", "vgg1", "vgg2", "simple_cnn", "efficientnet_lite0")
-    first, rest = (("vgg3", "airbench", "resnet50"), 1), (rest, 4)
-    groups = [(512, 128, *first), (512, 128, *rest), (1024, 256, *first), (64, 64, *first)]
-    groups += [(1024, 256, *rest), (64, 64, *rest)]
+    deep = ("airbench", "resnet50", "resnet_small", "efficientnet_lite0")
+    plain = ("vgg1", "vgg_dropout", "vgg2", "simple_cnn")
+    telling, every = ("vgg3", "airbench", "resnet50"), (*deep, *plain)
+    groups = [(512, 128, ("vgg3",), KINDS), (512, 128, deep, KINDS[:3])]
+    groups += [(512, 128, plain, KINDS[:3]), (64, 64, telling, KINDS[:3])]
+    groups += [(1024, 256, telling, KINDS[:3]), (512, 128, every, KINDS[3:])]
     if check.rehearsal:
-        tiny = ("vgg3", "resnet_small", "resnet50", "efficientnet_lite0")
-        groups = [(8, 4, tiny, 2)]
+        small = ("resnet_small", "resnet50", "efficientnet_lite0")
+        groups = [(8, 4, ("vgg3",), KINDS), (8, 4, small, KINDS[:3])]
     try:
-        for small, photos, names, lanes in groups:
+        for small, photos, names, kinds in groups:
             sizes = {name: photos if name in PHOTOS else small for name in names}
             if check.left() < 10:
                 for name, batch in sizes.items():
-                    check.report.miss(2, f"{name}, batch {batch}", "not reached in time")
+                    for kind in kinds:
+                        row = f"{name}, batch {batch}: {kind}"
+                        check.report.miss(2, row, "not reached in time")
                 continue
-            time_group(check, workers, sizes, lanes)
+            time_group(check, workers, sizes, kinds)
     finally:
         workers.stop()
 
@@ -378,37 +389,33 @@ class Workers:
             process.stop()
 
 
-def competitors(name: str, batch: int, torch: bool, rehearsal: bool) -> dict[str, Row]:
-    """Returns what to ask for each row of a network: by precision, then PyTorch's."""
+def competitor(name: str, batch: int, kind: str) -> Row:
+    """Returns what to ask a worker for: one of `KINDS` of a network."""
     from cnn_jax import configs  # which imports no JAX
 
     request: Row = {"network": name, "batch": batch}
-    found = {
-        kind: request | {"dtype": kind.split(",")[0], "precision": precision}
-        for kind, precision in (
-            ("bfloat16", "default"),
-            ("float32", "default"),
-            ("float32, highest", "highest"),
-        )
-    }
-    if rehearsal and name != "vgg3":
-        found = {"bfloat16": found["bfloat16"]}
+    if not kind.startswith("PyTorch"):
+        precision = "highest" if kind.endswith("highest") else "default"
+        return request | {"dtype": kind.split(",")[0], "precision": precision}
     if name not in PHOTOS:
         model = configs.get(name).model
         request |= {"blocks": model.blocks, "dense": model.dense, "dropout": model.dropout}
-    of_torch = [("bfloat16", False), ("bfloat16", True), ("float32", True)]
-    for dtype, compiled in of_torch[:1] if rehearsal else of_torch:
-        kind = f"PyTorch {dtype}, {'torch.compile' if compiled else 'eager'}"
-        found |= {kind: request | {"dtype": dtype, "compile": compiled}} if torch else {}
-    return found
+    dtype = "bfloat16" if "bfloat16" in kind else "float32"
+    return request | {"dtype": dtype, "compile": kind.endswith("torch.compile")}
 
 
-def time_group(check: Check, workers: Workers, sizes: dict[str, int], lanes: int) -> None:
-    """Builds the networks of these batch sizes in parallel lanes, then times them one by one."""
+def time_group(
+    check: Check, workers: Workers, sizes: dict[str, int], kinds: tuple[str, ...]
+) -> None:
+    """Builds the networks of these batch sizes, two at a time, then times them one by one."""
+    kinds = tuple(kind for kind in kinds if workers.has_torch or "PyTorch" not in kind)
     asked = {
-        (name, kind): (f"{'torch' if 'PyTorch' in kind else 'jax'} {i % lanes}", request)
+        (name, kind): (
+            f"{'torch' if 'PyTorch' in kind else 'jax'} {i % 2}",
+            competitor(name, batch, kind),
+        )
         for i, (name, batch) in enumerate(sizes.items())
-        for kind, request in competitors(name, batch, workers.has_torch, check.rehearsal).items()
+        for kind in kinds
     }
     answers: dict[tuple[str, str], list[Row]] = {key: [] for key in asked}
     built_by = time.monotonic() + 0.7 * check.left()
@@ -420,17 +427,16 @@ def time_group(check: Check, workers: Workers, sizes: dict[str, int], lanes: int
                 answers[key].append(workers.ask(worker, request, seconds))
 
     used = sorted({worker for worker, _ in asked.values()})
-    with ThreadPoolExecutor(lanes if lanes == 1 else len(used)) as pool:
+    with ThreadPoolExecutor(len(used)) as pool:
         list(pool.map(build, used))
     for name, batch in sizes.items():
-        keys = [key for key in asked if key[0] == name]
         for _ in range(1 if check.rehearsal else 3):
-            for key in keys:
-                if "missing" not in answers[key][-1]:
-                    answers[key].append(workers.ask(*asked[key], check.left()))
-        for key in keys:
-            row = {"name": f"{name}, batch {batch}", "kind": key[1]}
-            check.report.add(2, row | summary(batch, key[1], answers[key]))
+            for kind in kinds:
+                if "missing" not in answers[name, kind][-1]:
+                    answers[name, kind].append(workers.ask(*asked[name, kind], check.left()))
+        for kind in kinds:
+            row = {"name": f"{name}, batch {batch}", "kind": kind}
+            check.report.add(2, row | summary(batch, kind, answers[name, kind]))
     workers.forget()
 
 
@@ -456,36 +462,43 @@ def alternatives(check: Check) -> None:
 
 
 def accuracy(check: Check) -> None:
-    """Part 4: seed after seed, in bfloat16 first."""
-    from cnn_jax import configs
-    from cnn_jax.errors import UserError
-
+    """Part 4: first what runs alone, then the rest, three at a time."""
     folder = Path(check.cifar or check.scratch / "cifar").resolve()
     if check.rehearsal:
         command = [sys.executable, str(HERE / "carry_cifar.py"), str(folder), "--tiny"]
         subprocess.run(command, check=True, env=check.environment())
-    if missing := [f"part{i}.npz" for i in (1, 2, 3) if not (folder / f"part{i}.npz").exists()]:
+    if missing := missing_parts(folder):
         what = f"{', '.join(missing)} not in --cifar={folder}"
         return check.report.miss(4, "CIFAR-10", what, expected=True)
-    for dtype in ("bfloat16",) if check.rehearsal else ("bfloat16", "float32"):
-        for name, n_seeds in ACCURACY.items():
-            if dtype == "float32" and name.startswith("airbench"):
-                continue
-            try:
-                configs.get(name)
-            except UserError as error:
-                check.report.miss(4, name, str(error).split(";")[0], expected=True)
-                continue
-            if check.rehearsal and name not in ("airbench", "airbench_muon"):
-                continue
-            n = 1 if check.rehearsal else n_seeds
-            check.collect(4, "accuracy", name, dtype, "0", str(n), str(folder))
+
+    def run(name: str, dtype: str, first: int, end: int, beside: str) -> None:
+        numbers = str(first), str(end)
+        check.collect(4, "accuracy", name, dtype, *numbers, str(folder), beside)
+
+    if check.rehearsal:
+        return run("airbench_muon", "bfloat16", 0, 1, "nothing")
+    for name, n in ALONE.items():
+        run(name, "bfloat16", 0, n, "nothing")
+    with ThreadPoolExecutor(3) as pool:
+        for name, n in FAST.items():
+            pool.submit(run, name, "bfloat16", ALONE.get(name, 0), n, "others")
+        for dtype in ("bfloat16", "float32"):
+            for name in CHAPTER:
+                pool.submit(run, name, dtype, 0, 5, "others")
     for (name, n), figures in means(check.report.rows).items():
         check.report.add(4, {"name": f"{name}: mean of {n} seeds", **figures})
 
 
+def missing_parts(folder: Path) -> list[str]:
+    """Returns the names of the parts of CIFAR-10 that are not in a folder."""
+    from carry_cifar import N_PARTS
+
+    names = [f"part{i + 1}.npz" for i in range(N_PARTS)]
+    return [name for name in names if not (folder / name).exists()]
+
+
 def means(rows: list[Row]) -> dict[tuple[str, int], Row]:
-    """Returns mean and standard deviation (n - 1) of accuracy and seconds of each config."""
+    """Returns mean and standard deviation (n - 1) of each config's accuracies, and its seconds."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["part"] == 4 and "seed" in row:
@@ -496,25 +509,15 @@ def means(rows: list[Row]) -> dict[tuple[str, int], Row]:
             "standard deviation": stdev([run["test_accuracy"] for run in runs])
             if len(runs) > 1
             else "one seed",
-            "training_seconds": median(run["training_seconds"] for run in runs),
+            "training_seconds, alone": median(alone) if alone else "not measured",
         }
         for name, runs in found.items()
+        for alone in [[run["training_seconds"] for run in runs if run["beside"] == "nothing"]]
     }
 
 
 def exports_and_tests(check: Check) -> None:
     """Part 5."""
-    for precision in ("highest",) if check.rehearsal else ("default", "highest"):
-        workdir = f"exported-{precision}"
-        flags = (f"--model.precision={precision}", f"--workdir={workdir}", "--train.epochs=1")
-        on_cpu = {"JAX_PLATFORMS": "cpu"}
-        code, line = run_main(check, "cache-cpu", *flags, **on_cpu)
-        if not code:
-            code, line = run_main(check, "cache-cpu", "--mode=export", *flags, **on_cpu)
-        if code:
-            check.report.miss(5, workdir, f"exit code {code}: {line}")
-            continue
-        check.collect(5, "exported", str(check.scratch / workdir / "export"))
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     on_gpu = {} if check.rehearsal else {"CNN_JAX_GPU": "1"}
     flags = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
@@ -533,6 +536,17 @@ def exports_and_tests(check: Check) -> None:
         check.report.add(5, {"name": "tests marked gpu", **row, "failed": "; ".join(failed)})
     except subprocess.TimeoutExpired:
         check.report.miss(5, "tests marked gpu", "ended at their limit of time")
+    for precision in ("highest",) if check.rehearsal else ("default", "highest"):
+        workdir = f"exported-{precision}"
+        flags = (f"--model.precision={precision}", f"--workdir={workdir}", "--train.epochs=1")
+        on_cpu = {"JAX_PLATFORMS": "cpu"}
+        code, line = run_main(check, "cache-cpu", *flags, **on_cpu)
+        if not code:
+            code, line = run_main(check, "cache-cpu", "--mode=export", *flags, **on_cpu)
+        if code:
+            check.report.miss(5, workdir, f"exit code {code}: {line}")
+            continue
+        check.collect(5, "exported", str(check.scratch / workdir / "export"))
 
 
 PARTS: dict[int, Callable[[Check], None]] = {
@@ -559,7 +573,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default="1,2,3,4,5")
     parser.add_argument("--out", default=str(ROOT / "build" / "gpu_check"))
-    parser.add_argument("--cifar", default="", help="folder of part1.npz to part3.npz")
+    parser.add_argument("--cifar", default="", help="folder of part1.npz and part2.npz")
     parser.add_argument("--commit", default="", help="where the copy of the project has no .git")
     parser.add_argument("--torch_python", default="", help="if PyTorch is in another environment")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")

@@ -272,9 +272,12 @@ def step_loop(config: Config, dataset: ImageDataset) -> Callable[[], float]:
 
 
 def accuracy(
-    name: str, dtype: str, first: str, n: str, parts: str, rehearsal: bool
+    name: str, dtype: str, first: str, end: str, parts: str, beside: str, rehearsal: bool
 ) -> Iterator[Row]:
-    """Trains a config on CIFAR-10 from carried parts with some seeds: accuracy and seconds."""
+    """Trains a config on CIFAR-10 from carried parts, seeds from `first` to before `end`.
+
+    `beside` says what else is on the device meanwhile.
+    """
     config = configs.get(name)
     if rehearsal:
         model = network(name, rehearsal)
@@ -288,13 +291,14 @@ def accuracy(
         data=replace(config.data, validation=0.0),
         runtime=replace(config.runtime, kernels=_kernels(rehearsal)),
     )
-    for seed in range(int(first), int(first) + int(n)):
+    for seed in range(int(first), int(end)):
         workdir = Path(parts) / "runs" / f"{name}-{dtype}-{seed}"
         start = time.perf_counter()
         found = train(replace(config, seed=seed), dataset, workdir).summary
         yield {
             "name": f"{name}, {dtype}",
             "seed": seed,
+            "beside": beside,
             "test_accuracy": found["test_accuracy"],
             "training_seconds": found["seconds"],
             "seconds_with_compilation": time.perf_counter() - start,

@@ -19,7 +19,7 @@ from cnn_jax.kernels import Padding, Pair
 Initializer = nn.initializers.Initializer
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": nn.relu,
+    "relu": kernels.rectify,
     "relu6": nn.relu6,
     "tanh": nn.tanh,
     "sigmoid": nn.sigmoid,

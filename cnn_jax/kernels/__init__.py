@@ -20,6 +20,7 @@ from cnn_jax import mesh
 from cnn_jax.kernels import conv as cpu_conv
 from cnn_jax.kernels import dense as cpu_dense
 from cnn_jax.kernels import depthwise as cpu_depthwise
+from cnn_jax.kernels import gpu
 from cnn_jax.kernels import norm as cpu_norm
 from cnn_jax.kernels import pool as pools
 
@@ -90,14 +91,17 @@ def convolve(
         y: Array = cpu_conv.conv_1x1(x[:, :: strides[0], :: strides[1]], kernel)
     elif on_cpu:
         y = cpu_conv.conv(x, kernel, strides, pads)
+    elif gpu.suits_patches(x, kernel.shape):
+        y, bias = gpu.conv_of_patches(x, kernel, bias, strides, pads), None
     else:
         y = lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=cpu_conv.NHWC)
     if bias is not None and on_cpu and x.dtype == jnp.bfloat16:
         y = cpu_conv.add_bias(y, bias)
     elif bias is not None:
         y += bias.reshape(1, 1, 1, -1)
-    y = nn.relu(y) if relu else y
-    return max_pool(y) if pool else y
+    # In this order the gradient finds in the pooled values alone where ReLU has let it through.
+    y = max_pool(y) if pool else y
+    return rectify(y) if relu else y
 
 
 def convolve_depthwise(
@@ -111,6 +115,8 @@ def convolve_depthwise(
     is_fast_type = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
     if is_fast_type and active() == "cpu":
         return cpu_depthwise.conv_depthwise(x, kernel, strides, pads)
+    if gpu.suits_shifts(x):
+        return gpu.depthwise_of_shifts(x, kernel, strides, pads)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -134,6 +140,27 @@ def max_pool(
     """
     pool = pools.max_pool_of_xla if active() == "xla" else pools.max_pool
     return pool(x, window, strides, _to_pads(padding, x.shape, window, strides))
+
+
+def rectify(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns max(x, 0), whose derivative is 0 at 0.
+
+    With XLA's kernels the derivative is read off the result. x itself is then not kept for the
+    backward pass, and a GPU computes ReLU as a part of the convolution before it.
+    """
+    return nn.relu(x) if active() == "cpu" else _relu_of_xla(x)
+
+
+@jax.custom_jvp
+def _relu_of_xla(x: Array) -> Array:
+    return jnp.maximum(x, jnp.zeros((), x.dtype))
+
+
+@_relu_of_xla.defjvp
+def _derivative_of_relu(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = _relu_of_xla(*primals)
+    # Not y > 0, which XLA simplifies to x > 0.
+    return y, jnp.where(y != 0, *tangents, jnp.zeros((), y.dtype))
 
 
 CLIPS = tuple(cpu_norm.LIMITS)
