@@ -160,8 +160,72 @@ def photos_speed() -> str:
     return markdown([*heads, "PyTorch's peak memory, MB"], lines) + _origin(found)
 
 
+def gpu_training() -> str:
+    """Returns the speed of training on a GPU, and PyTorch's time over ours of the same type."""
+    rows, lines = _of_gpu(2), []
+    ours = {(row["name"], row["kind"]): row.get("ms a step") for row in rows}
+    for row in rows:
+        lines.append([row["name"], row["kind"], *[MISSING] * 5])
+        if "missing" not in row:
+            milliseconds = row["ms a step"]
+            dtype = row["kind"].removeprefix("PyTorch ").split(",")[0]
+            is_torch, against = "PyTorch" in row["kind"], ours[row["name"], dtype]
+            lines[-1][2:] = [
+                f"{row['images/s']:,.0f}",
+                f"{milliseconds:.2f}",
+                f"{milliseconds / against:.2f}" if is_torch and against else "",
+                f"{row['share of peak']:.1%}" if "share of peak" in row else "",
+                f"{row['memory MB']:,.0f}",
+            ]
+    heads = ["network", "", "images/s", "ms a step", "PyTorch's time / ours", "share of peak"]
+    return markdown([*heads, "memory, MB"], lines)
+
+
+def gpu_cifar() -> str:
+    """Returns accuracy and seconds of training on CIFAR-10 on a GPU."""
+    lines = [
+        [
+            row["name"],
+            f"{100 * row['test_accuracy']:.2f} ± {100 * row['standard deviation']:.2f}%",
+            f"{row['training_seconds, alone']:.2f}",
+        ]
+        for row in _of_gpu(4)
+        if "standard deviation" in row
+    ]
+    heads = ["config", "test accuracy", "seconds of training, median of 2 seeds alone"]
+    return markdown(heads, lines)
+
+
+def gpu_kernels() -> str:
+    """Returns the times of max pools with their gradients, and of ways to run steps, on a GPU."""
+    rows = [row for row in _of_gpu(3) if "missing" not in row]
+    cells = [
+        [row["name"], name.removesuffix(" a step"), f"{1e3 * value:,.0f}"]
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, float)
+    ]
+    return markdown(["what", "", "µs"], [[a, b.removesuffix(", ms"), c] for a, b, c in cells])
+
+
+def _of_gpu(part: int) -> list[Row]:
+    """Returns the committed rows of a part of gpu_check.py."""
+    found = _benchmark("gpu") or {"rows": []}
+    return [row for row in found["rows"] if row["part"] == part]
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (networks, chapter, transfer, training_speed, photos_speed)
+    table.__name__: table
+    for table in (
+        networks,
+        chapter,
+        transfer,
+        training_speed,
+        photos_speed,
+        gpu_training,
+        gpu_cifar,
+        gpu_kernels,
+    )
 }
 
 

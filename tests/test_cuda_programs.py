@@ -121,6 +121,14 @@ def test_convolutions_are_of_bfloat16_images_in_nhwc(name: str):
     assert {types for *_, left, right in single for types in (left, right)} == {"f32"}
 
 
+@pytest.mark.parametrize("name", ["quickstart", "vgg_dropout", "airbench", "resnet_small"])
+def test_the_first_convolution_is_a_product_of_patches(name: str):
+    """cuDNN would pad three channels to eight."""
+    of_images = r"convolution\(.*: \(tensor<[\dx]*x3xbf16>"
+    assert not re.search(of_images, program(name))
+    assert re.search(of_images, program("resnet50"))  # whose first kernel is 7x7
+
+
 @pytest.mark.parametrize(("precision", "found"), [("default", "DEFAULT"), ("highest", "HIGHEST")])
 def test_the_precision_is_that_of_all_products(precision: str, found: str):
     """Of those of gradients too; DEFAULT lets a GPU multiply float32 as TF32."""

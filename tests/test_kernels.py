@@ -395,6 +395,67 @@ def test_conv_with_relu_and_pool_is_what_the_operations_are_one_by_one(
         assert_close(actual, expected, 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("size", "strides"), [((3, 3), (1, 1)), ((2, 2), (1, 1)), ((3, 3), (2, 2))]
+)
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (0, 1))])
+def test_a_product_of_patches_is_the_convolution(size, strides, padding):
+    """What a GPU computes of images in bfloat16, which have few channels."""
+    x, kernel, bias = normal(0, 3, 9, 8, 3), normal(1, *size, 3, 16), normal(2, 16)
+    low = [array.astype(jnp.bfloat16) for array in (x, kernel, bias)]
+
+    def patches(*args: jax.Array) -> jax.Array:
+        return kernels.convolve(*args, strides, padding)
+
+    def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return plain_conv(x, kernel, strides, padding) + bias.reshape(1, 1, 1, -1)
+
+    with kernels.use("xla"):
+        assert "conv_general_dilated" not in str(jax.make_jaxpr(patches)(*low))
+        found = value_and_gradients(patches, *low)
+    exact = value_and_gradients(plain, *(array.astype(jnp.float32) for array in low))
+    for actual, expected in zip(found, exact, strict=True):
+        assert_close(actual.astype(jnp.float32), expected, 2**-6)
+
+
+def test_few_channels_in_float32_and_many_are_left_to_xla():
+    many = normal(0, 2, 8, 8, 16), normal(1, 3, 3, 16, 4)
+    large = normal(0, 2, 8, 8, 3), normal(1, 7, 7, 3, 4)
+    few = normal(0, 2, 8, 8, 3), normal(1, 3, 3, 3, 4)
+    with kernels.use("xla"):
+        for arrays in (many, large, few):
+            low = [array.astype(jnp.bfloat16) for array in arrays]
+            for one in (arrays, low) if arrays is not few else (arrays,):
+                assert "conv_general_dilated" in str(jax.make_jaxpr(kernels.convolve)(*one))
+
+
+@pytest.mark.parametrize("choice", ["cpu", "xla"])
+def test_relu_is_zero_for_negative_numbers_and_so_is_its_derivative(choice: str):
+    x = jnp.array([-2.0, -0.0, 0.0, 3.0])
+    with kernels.use(choice):
+        np.testing.assert_array_equal(kernels.rectify(x), [0, 0, 0, 3])
+        derivative = jax.vmap(jax.grad(kernels.rectify))
+        np.testing.assert_array_equal(derivative(x), [0, 0, 0, 1])
+        np.testing.assert_array_equal(jax.vmap(jax.grad(jax.grad(kernels.rectify)))(x), 0)
+
+
+def test_xla_reads_the_derivative_of_relu_off_its_result():
+    """Else its input had to be kept as well, and cuDNN could not take ReLU into a convolution."""
+
+    def compared(rectify) -> set[str]:
+        def run(x: jax.Array, dy: jax.Array):
+            y, backward = jax.vjp(rectify, x)
+            return jnp.sin(y), backward(dy)
+
+        x = jnp.ones((8, 128))
+        text = jax.jit(run).lower(x, x).compile().as_text()
+        return set(re.findall(r"compare\(%(max|param)", text))
+
+    with kernels.use("xla"):
+        assert compared(kernels.rectify) == {"max"}
+    assert compared(nn.relu) == {"param"}
+
+
 @pytest.mark.parametrize(("n_in", "pool"), [(16, True), (3, False)])
 def test_conv_with_relu_and_pool_needs_no_bias(n_in: int, pool: bool):
     x, kernel = normal(0, 3, 6, 8, n_in), normal(1, 3, 3, n_in, 16)

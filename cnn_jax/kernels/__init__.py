@@ -115,8 +115,6 @@ def convolve_depthwise(
     is_fast_type = x.dtype == kernel.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
     if is_fast_type and active() == "cpu":
         return cpu_depthwise.conv_depthwise(x, kernel, strides, pads)
-    if gpu.suits_shifts(x):
-        return gpu.depthwise_of_shifts(x, kernel, strides, pads)
     return lax.conv_general_dilated(
         x,
         kernel,

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from cnn_jax.kernels.bits import from_bits, to_bits
 
@@ -87,16 +87,9 @@ def _derivative(
     y, (place, _) = _forward(x, window, strides, pads)
     zero = jnp.zeros((), dx.dtype)
     if strides == window and pads == ((0, 0), (0, 0)):
-        n, rows, columns, channels = y.shape
-        whole = dx[:, : rows * window[0], : columns * window[1]]
-        places = jnp.arange(window[0] * window[1], dtype=place.dtype).reshape(
-            1, 1, window[0], 1, window[1], 1
-        )
-        chosen = place.reshape(n, rows, 1, columns, 1, channels) == places
-        moved = jnp.where(
-            chosen, whole.reshape(n, rows, window[0], columns, window[1], channels), zero
-        )
-        return y, jnp.sum(moved, axis=(2, 4))
+        chosen = _chosen(place, window)
+        whole = dx[:, : y.shape[1] * window[0], : y.shape[2] * window[1]]
+        return y, jnp.sum(jnp.where(chosen, whole.reshape(chosen.shape), zero), axis=(2, 4))
     grid = windows(pad(dx, pads), window, strides, y.shape[1:3])
     moved = [
         jnp.where(place == i, values, zero)
@@ -110,14 +103,20 @@ def _backward_without_overlap(
 ) -> Float[Array, "batch height width channels"]:
     """Returns dx where windows do not overlap: dy at the place of the maximum, 0 elsewhere."""
     n, rows, columns, channels = dy.shape
-    places = jnp.arange(window[0] * window[1], dtype=place.dtype)
-    chosen = place.reshape(n, rows, 1, columns, 1, channels) == places.reshape(
-        1, 1, window[0], 1, window[1], 1
-    )
+    chosen = _chosen(place, window)
     bits = to_bits(dy).reshape(n, rows, 1, columns, 1, channels)
     dx = from_bits(jnp.where(chosen, bits, jnp.zeros((), bits.dtype)), dy.dtype)
     dx = dx.reshape(n, rows * window[0], columns * window[1], channels)
     return pad(dx, ((0, size[0] - dx.shape[1]), (0, size[1] - dx.shape[2])))
+
+
+def _chosen(place: Array, window: Pair) -> Bool[Array, "batch rows height columns width channels"]:
+    """Returns which places of windows that do not overlap hold the maximum."""
+    n, rows, columns, channels = place.shape
+    places = jnp.arange(window[0] * window[1], dtype=place.dtype)
+    return place.reshape(n, rows, 1, columns, 1, channels) == places.reshape(
+        1, 1, window[0], 1, window[1], 1
+    )
 
 
 def first_maximum(arrays: Sequence[Array]) -> tuple[Array, UInt8[Array, "..."]]:
