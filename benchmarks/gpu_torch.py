@@ -147,7 +147,7 @@ def main() -> None:
     """Serves timings."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    built: dict[str, tuple[Callable[[int], float], float, list[int]]] = {}
+    built: dict[str, tuple[Callable[[int], float], int, dict[str, float]]] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if request.get("forget"):
@@ -155,20 +155,28 @@ def main() -> None:
             torch.compiler.reset()
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
             print("{}", flush=True)
             continue
         if line not in built:
-            start, run = time.perf_counter(), stepper(request)
-            run(2)
-            compile_seconds = time.perf_counter() - start
-            most = 2 if "--rehearsal" in sys.argv else _MOST_STEPS
-            built[line] = run, compile_seconds, [max(2, min(int(_SECONDS / run(2)), most))]
-        run, compile_seconds, (n_steps,) = built[line]
-        row = {"seconds": run(n_steps), "compile_seconds": compile_seconds}
-        if DEVICE == "cuda":
-            row["memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
-        print(json.dumps(row), flush=True)
+            built[line] = first_steps(request)
+        run, n_steps, figures = built[line]
+        print(json.dumps({"seconds": run(n_steps), **figures}), flush=True)
+
+
+def first_steps(request: dict) -> tuple[Callable[[int], float], int, dict[str, float]]:
+    """Returns the stepper, the steps of one timing, and what compiling took in time and memory."""
+    held = 0
+    if DEVICE == "cuda":
+        held = torch.cuda.memory_allocated()  # by what was built before
+        torch.cuda.reset_peak_memory_stats()
+    start, run = time.perf_counter(), stepper(request)
+    run(2)
+    figures = {"compile_seconds": time.perf_counter() - start}
+    most = 2 if "--rehearsal" in sys.argv else _MOST_STEPS
+    n_steps = max(2, min(int(_SECONDS / run(2)), most))
+    if DEVICE == "cuda":
+        figures["memory_mb"] = (torch.cuda.max_memory_allocated() - held) / 1e6
+    return run, n_steps, figures
 
 
 if __name__ == "__main__":
