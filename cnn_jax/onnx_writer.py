@@ -381,7 +381,17 @@ def _rsqrt(graph: _Graph, equation: JaxprEqn, x: Value) -> Value:
 def _scan(graph: _Graph, equation: JaxprEqn, inputs: list[Value]) -> list[Value]:
     """Adds a loop of known length as all of its iterations, and stacks what each returns."""
     params = equation.params
-    n_consts, n_carried = params["num_consts"], params["num_carry"]
+    body = params["jaxpr"]
+    # Rows have one axis less in an iteration. How JAX itself numbers them changed with its 0.12.
+    n_rows = sum(
+        len(_shape(var)) > len(aval.shape)
+        for var, aval in zip(equation.invars, body.in_avals, strict=True)
+    )
+    n_carried = sum(
+        len(_shape(var)) == len(aval.shape)
+        for var, aval in zip(equation.outvars, body.out_avals, strict=True)
+    )
+    n_consts = len(inputs) - n_carried - n_rows
     consts = inputs[:n_consts]
     carried, rows = inputs[n_consts:][:n_carried], inputs[n_consts + n_carried :]
     order = range(params["length"])
@@ -392,7 +402,7 @@ def _scan(graph: _Graph, equation: JaxprEqn, inputs: list[Value]) -> list[Value]
             x[i] if isinstance(x, np.ndarray) else graph.add("Gather", x, index, axis=0)
             for x in rows
         ]
-        results = graph.evaluate(params["jaxpr"], [*consts, *carried, *row])
+        results = graph.evaluate(body, [*consts, *carried, *row])
         carried = results[:n_carried]
         returned.append(results[n_carried:])
     if params["reverse"]:
