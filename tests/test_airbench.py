@@ -89,6 +89,7 @@ def step(
     return state, after, leaves(grads), stats, leaves(after.batch_stats)
 
 
+@pytest.mark.slow
 def test_a_step_of_airbench_muon_by_hand():
     """At small widths; `groups` have 6 outputs at last, by which the logits are divided."""
     config = edit(configs.get("airbench_muon"), model={"blocks": ((4, 4), (6, 6))})
@@ -111,6 +112,7 @@ def test_a_step_of_airbench_muon_by_hand():
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_step_of_airbench96_by_hand():
     """At small widths, in the recipe's units: rates and decays of the summed loss."""
     config = edit(

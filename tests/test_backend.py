@@ -35,6 +35,7 @@ def set_up(deterministic: str, suffix: str, cache: Path) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("deterministic", "flags"),
     [
@@ -48,6 +49,7 @@ def test_deterministic_sets_the_flag_of_xla(deterministic: str, flags: str, tmp_
     assert result.stdout == f"{flags} 3.0\n"
 
 
+@pytest.mark.slow
 def test_the_flag_is_set_early_enough_for_xla_to_read_it(tmp_path: Path):
     """A flag that XLA does not know stops it, so it has read the one that is set."""
     result = set_up("true", "x --xla_no_such_flag=1", tmp_path)
@@ -58,6 +60,7 @@ def test_the_flag_is_set_early_enough_for_xla_to_read_it(tmp_path: Path):
 MAIN = [sys.executable, "-m", "cnn_jax.main", "--mode=summary"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
@@ -101,6 +104,7 @@ def test_a_gpu_that_is_left_alone_is_a_warning(
     assert [text[: len(line)] for text in warned] == ([line] if line else [])
 
 
+@pytest.mark.slow
 def test_jax_for_a_gpu_prints_no_traceback_where_there_is_none(tmp_path: Path):
     """A plugin that can't start, as that of jax[cuda] on a machine without a GPU."""
     plugin = tmp_path / "jax_plugins" / "xla_cuda12"
@@ -119,6 +123,7 @@ def test_jax_for_a_gpu_prints_no_traceback_where_there_is_none(tmp_path: Path):
     assert "no GPU" in plain.stderr  # so that the test can fail
 
 
+@pytest.mark.slow
 def test_the_cache_of_programs_is_bounded_and_one_for_each_kind_of_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

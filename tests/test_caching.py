@@ -26,6 +26,7 @@ def frozen(config: Config, groups, cache: bool) -> Config:
     return edit(config, optim={"groups": groups}, train={"cache_frozen": cache})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "trained"),
     [
@@ -51,6 +52,7 @@ def test_cached_training_gives_the_same_result(
     assert set(trees.named_leaves(cached)) == set(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "trained", "convolutions"),
     [("vgg", "head", 0), ("resnet_small", "head", 0), ("resnet_small", "(head|stage2/block2)", 5)],
@@ -112,6 +114,7 @@ class Bypassing(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_a_way_around_the_cached_layer_is_refused_and_not_silent(
     tiny: Config, dataset: ImageDataset, tmp_path: Path
 ):

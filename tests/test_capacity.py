@@ -20,6 +20,7 @@ from cnn_jax.fit import compile_segment
 from cnn_jax.step import Setup, train_segment
 
 
+@pytest.mark.slow
 def test_a_network_that_is_too_large_is_one_line(tmp_path: Path) -> None:
     """4096 * 10^7 parameters: 164 GB, with gradients and velocities three times that."""
     wide = ("--data.image_size=64", "--model.blocks=[[4]]", "--model.dense=[10000000]")
@@ -65,6 +66,7 @@ def test_the_parts_of_the_need(
     capacity.check(Setup.of(edit(later, train={"epochs": 0}), dataset), dataset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

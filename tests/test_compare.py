@@ -27,6 +27,7 @@ def rows(text: str) -> dict[str, list[str]]:
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
+@pytest.mark.slow
 def test_only_what_differs_is_listed(runs: Path):
     printed = finish("--mode=compare", "a", "more/b", cwd=runs).stdout
     assert re.search("^A  a$", printed, re.MULTILINE)

@@ -74,6 +74,7 @@ def convolutions(text: str) -> list[tuple[str, ...]]:
     return re.findall(numbers + types, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_operation_waits_for_the_host_or_adds_in_any_order(name: str):
     """So what a program's text can show of `runtime.deterministic` holds with and without it."""
@@ -108,6 +109,7 @@ def test_the_kernels_for_a_cpu_would_be_found():
     assert set(re.findall(CPU_KERNELS, text)) >= {"conv", "dense", "bits"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_convolutions_are_of_bfloat16_images_in_nhwc(name: str):
     """Also those of the gradients: of inputs and, with batch and channels exchanged, of kernels."""
@@ -129,6 +131,7 @@ def test_the_first_convolution_is_a_product_of_patches(name: str):
     assert re.search(of_images, program("resnet50"))  # whose first kernel is 7x7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "found"), [("default", "DEFAULT"), ("highest", "HIGHEST")])
 def test_the_precision_is_that_of_all_products(precision: str, found: str):
     """Of those of gradients too; DEFAULT lets a GPU multiply float32 as TF32."""

@@ -643,6 +643,7 @@ def test_cache_folder_that_cannot_be_made(tmp_path: Path, warned: list[str]) -> 
     assert warned[0].startswith(f"decoded images are not cached in {tmp_path / 'file' / 'cache'}:")
 
 
+@pytest.mark.slow
 def test_full_disk_while_caching(tmp_path: Path) -> None:
     script = (
         "import resource, sys; from cnn_jax import data; from cnn_jax.config import DataConfig;"
@@ -944,6 +945,7 @@ def cifar10_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return cache
 
 
+@pytest.mark.slow
 def test_cifar10(cifar10_cache: str) -> None:
     config, seconds = DataConfig(name="cifar10"), []
     for _ in range(3):  # The best of three, as other work on the machine only ever adds time.

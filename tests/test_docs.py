@@ -217,6 +217,7 @@ def with_examples() -> list:
     return [pytest.param(section, marks=slow.get(section, ())) for section in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", with_examples())
 def test_an_example_runs(section: str, tmp_path: Path):
     for name, text in {**STAND_INS, **example(section)}.items():

@@ -145,6 +145,7 @@ def evaluated(trained: Path, folder: str) -> str:
     return finish(*flags, cwd=trained).stdout
 
 
+@pytest.mark.slow
 def test_every_photo_of_another_folder_is_scored(trained: Path):
     """Classes are matched by name, whatever their numbers there; the network knows no amber."""
     write_photos(trained / "other", {"red": 4, "amber": 3, "green": 7})
@@ -178,6 +179,7 @@ def test_a_folder_of_one_class_is_scored(trained: Path):
     assert line.startswith("empty needs subfolders of images")
 
 
+@pytest.mark.slow
 def test_the_photos_of_the_run_are_not_others_where_they_have_moved(trained: Path):
     own = finish("--mode=evaluate", "--workdir=run", cwd=trained).stdout
     assert re.search(r"folder photos: \d+ train, \d test images", own)

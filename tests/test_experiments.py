@@ -162,6 +162,7 @@ def report(experiment: Experiment, folder: Path, seeds: int) -> str:
     return (folder / "report/results.md").read_text()
 
 
+@pytest.mark.slow
 def test_rows_have_the_results_of_the_runs(trained: Path):
     written = store.read_csv(trained / "results/results.csv")
     assert [(row["variant"], row["seed"], row["epochs"]) for row in written] == [
@@ -565,6 +566,7 @@ def kernel(workdir: Path) -> np.ndarray:
     return np.asarray(variables["params"]["block1"]["conv1"]["kernel"])
 
 
+@pytest.mark.slow
 def test_a_pretrained_network_is_trained_first_and_once(tmp_path: Path):
     rows = Store(TRANSFER, tmp_path / "runs", tmp_path / "results")
     train(rows, ["scratch"], seeds=1)
@@ -785,6 +787,7 @@ def test_the_command_itself_exits_with_2_for_a_typo():
     assert re.fullmatch(r"error: .*\bonyl\b.* did you mean:? .*only.*\n", result.stderr, re.I)
 
 
+@pytest.mark.slow
 def test_the_documented_experiment_is_found_in_its_file(tmp_path: Path):
     ignored = shutil.ignore_patterns("results", "__pycache__")
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=ignored)

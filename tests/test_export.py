@@ -76,6 +76,7 @@ def small(name: str) -> Predictor:
     return replace(predictor, temperature=spread)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_onnxruntime_computes_the_same_probabilities(name: str, tmp_path: Path):
     predictor, images = small(name), colours(5)
@@ -235,6 +236,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_description_has_the_way_from_a_photo_to_the_probabilities(exported: Path):
     about = json.loads((exported / "run/export/predictor.json").read_text())
     assert about["class_names"] == ["cat", "dog"]
@@ -259,6 +261,7 @@ def test_the_description_has_the_way_from_a_photo_to_the_probabilities(exported:
     assert abs(found["probability"] - expected[0].max()) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["jax", "onnx"])
 def test_the_programs_of_the_page_classify_as_predict_does(exported: Path, library: str):
     """They run where this project can't be imported, in the folder of the export."""
@@ -294,6 +297,7 @@ def test_the_programs_of_the_page_classify_as_predict_does(exported: Path, libra
     assert np.abs(pixels - golden).max() <= 2
 
 
+@pytest.mark.slow
 def test_a_resnet_is_exported_with_its_weights_for_pytorch(tmp_path: Path):
     resnet = ("--model.name=resnet18", "--model.blocks=[[4],[4]]", "--model.dense=[]")
     data = ("--data.image_size=32", "--data.images_per_class=8", "--train.epochs=1")

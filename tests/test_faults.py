@@ -86,6 +86,7 @@ def assert_same(workdir: Path, whole: Path) -> None:
     assert leftovers(workdir) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wanted", "wanted_inside"), [(5, 2), pytest.param(20, 5, marks=pytest.mark.slow)]
 )
@@ -128,6 +129,7 @@ def test_a_kill_while_the_config_is_written_leaves_a_workdir_that_starts(tmp_pat
     assert leftovers(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path):
     """Also from a segment of many seconds, in which the main thread runs no Python."""
     started = start(
@@ -147,6 +149,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path):
     assert not any((tmp_path / "run/checkpoints/latest").iterdir())
 
 
+@pytest.mark.slow
 def test_the_second_process_on_a_workdir_is_refused(whole: Path, tmp_path: Path):
     first = start(*RUN, cwd=tmp_path)
     first.wait_for((tmp_path / "run/metrics.jsonl").exists)
@@ -157,6 +160,7 @@ def test_the_second_process_on_a_workdir_is_refused(whole: Path, tmp_path: Path)
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 8192, 65536])
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     whole: Path, tmp_path: Path, left: int
@@ -266,6 +270,7 @@ def newest(workdir: Path) -> Path:
         return store.folder / str(store.steps()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip_bits, empty], ids=lambda f: f.__name__)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(
     whole: Path, tmp_path: Path, damage: Callable[[Path], None]
@@ -281,6 +286,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gone_on_from(
     assert_same(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_starts_anew(
     whole: Path, tmp_path: Path
 ):
@@ -293,6 +299,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_starts_anew(
     assert_same(workdir, whole)
 
 
+@pytest.mark.slow
 def test_foreign_files_among_the_checkpoints_are_left_alone(whole: Path, tmp_path: Path):
     workdir = stopped_run(tmp_path)
     latest = workdir / "checkpoints/latest"
@@ -368,6 +375,7 @@ ODD_NAMES = (
 )
 
 
+@pytest.mark.slow
 def test_odd_names_are_read_and_shown_harmlessly(tmp_path: Path, monkeypatch):
     """Names that are no text, that end lines, and that a terminal would obey."""
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in most locales
@@ -424,6 +432,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_bomb_takes_no_memory(tmp_path: Path):
     """A file of 1.2 MB that says, truly, to hold 400 million pixels."""
     side = 20_000

@@ -56,6 +56,7 @@ def test_any_layer_can_be_extracted_for_every_part(dataset: ImageDataset):
         )
 
 
+@pytest.mark.slow
 def test_a_residual_block_gives_the_sum_of_its_branches(dataset: ImageDataset):
     """The layer that is called after `norm2` reads the block's input, not what norm2 returns."""
     predictor, block = random_predictor(RESNET), "stage2/block1"
@@ -118,6 +119,7 @@ def separable(n_test_wrong: int) -> features.Features:
     return features.Features("fc1", arrays, labels, ("a", "b", "c"), "0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_classifier_is_fitted_on_train_alone(name: str):
     """Wrong test labels lower the test accuracy and change nothing else."""
@@ -214,6 +216,7 @@ def photographed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_linear_classifier_is_saved_as_a_run(photographed: Path):
     arguments = ("--mode=features", "--classifier=logistic", "--workdir=run")
     printed = finish(*arguments, cwd=photographed).stdout
@@ -235,6 +238,7 @@ def test_a_linear_classifier_is_saved_as_a_run(photographed: Path):
     finish(*arguments, cwd=photographed)  # A second time.
 
 
+@pytest.mark.slow
 def test_other_classifiers_serve_predict_alone(photographed: Path):
     """And so does a linear one of a layer that the head does not read."""
     for name, layer in (("knn", "fc1"), ("logistic", "block1")):
@@ -263,6 +267,7 @@ def test_one_image_of_a_class_is_too_few():
         features.classify(few, "knn", 0)
 
 
+@pytest.mark.slow
 def test_a_classifier_is_compared_with_the_network(tmp_path: Path):
     finish(*SMALL, "--workdir=run", cwd=tmp_path)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -277,6 +282,7 @@ def test_a_classifier_is_compared_with_the_network(tmp_path: Path):
     assert "fc9" in refuse("--mode=features", "--workdir=run", "--layer=fc9", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_pretrained_network_gives_features_before_it_is_trained(tmp_path: Path):
     finish(*SMALL, "--workdir=run", cwd=tmp_path)
     new = ("--config=finetune_head", "--init.checkpoint=run", "--data.name=digits")

@@ -41,6 +41,7 @@ def test_rates_rise_by_a_constant_factor():
     assert find_rate.rising(0, 1) == 1e-5
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_training_at_the_rising_rate(
     tiny: Config, dataset: ImageDataset, folder: RunFolder
 ):

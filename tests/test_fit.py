@@ -56,6 +56,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_fit_learns_and_writes_a_line_a_step(tiny: Config, dataset: ImageDataset, workdir: Path):
     config = edit(tiny, train={"epochs": 15}, optim={"name": "adam", "learning_rate": 0.01})
     result = fit(no_dropout(config), dataset, workdir)
@@ -91,6 +92,7 @@ def test_zero_epochs_return_the_network_as_it_starts(
     assert trees.sha256(state.params) == trees.sha256(initial(config, dataset).params)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_a_rerun_ends_bitwise_equal(
     tiny: Config, dataset: ImageDataset, tmp_path: Path, monkeypatch
 ):
@@ -109,6 +111,7 @@ def test_a_signal_saves_and_a_rerun_ends_bitwise_equal(
     assert steps(cut) == steps(whole)
 
 
+@pytest.mark.slow
 def test_more_epochs_end_in_the_bits_of_a_run_that_was_longer_from_the_start(
     tiny: Config, dataset: ImageDataset, tmp_path: Path
 ):
@@ -124,6 +127,7 @@ def test_more_epochs_end_in_the_bits_of_a_run_that_was_longer_from_the_start(
         assert [line["step"] for line in lines(tmp_path / name)] == list(range(1, 13))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
@@ -147,6 +151,7 @@ def test_fewer_epochs_belong_to_another_run(tiny: Config, dataset: ImageDataset,
         train_run(edit(tiny, train={"epochs": 1}), dataset, workdir)
 
 
+@pytest.mark.slow
 def test_runtime_settings_and_the_data_folder_block_no_resume(
     tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
 ):
@@ -304,6 +309,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     assert all(saved_states(workdir).values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keep_all")
 @pytest.mark.parametrize(
     ("step", "value", "named", "kept"),
@@ -328,6 +334,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_segment(
     assert [line["step"] for line in lines(workdir)] == list(range(1, max(kept, default=0) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keep_all")
 def test_an_infinite_bias_that_a_relu_hides_is_noticed(
     tiny: Config, dataset: ImageDataset, workdir: Path, spoiled
@@ -339,6 +346,7 @@ def test_an_infinite_bias_that_a_relu_hides_is_noticed(
     assert saved_states(workdir) == {2: True, 3: True}
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_of_a_segment_s_last_step_is_recorded(
     tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
 ):
@@ -350,6 +358,7 @@ def test_the_gradient_norm_of_a_segment_s_last_step_is_recorded(
     assert norms == pytest.approx(dict.fromkeys((2, 3, 5, 6), expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_steps_that_are_not_finite_are_skipped_and_counted(
     tiny: Config, dataset: ImageDataset, workdir: Path, spoiled, monkeypatch, accumulate: int
@@ -374,6 +383,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     assert trees.sha256(run(config, dataset, 1)[0]) == with_change
 
 
+@pytest.mark.slow
 def test_an_epoch_of_skipped_steps_stops_the_run(
     tiny: Config, dataset: ImageDataset, workdir: Path, spoiled
 ):
@@ -384,6 +394,7 @@ def test_an_epoch_of_skipped_steps_stops_the_run(
     assert saved_states(workdir) == {3: True}
 
 
+@pytest.mark.slow
 def test_hooks_are_called_at_their_steps_and_epochs_and_change_no_bit(
     tiny: Config, dataset: ImageDataset, workdir: Path
 ):

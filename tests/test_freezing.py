@@ -60,6 +60,7 @@ def test_last_stands_for_the_last_block_and_the_dense_layers(tiny: Config, datas
     assert changed == {"block2", "fc1", "head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["momentum", "sgd", "nesterov", "adam", "adamw", "rmsprop"])
 def test_frozen_parameters_keep_their_bits(tiny: Config, dataset: ImageDataset, name: str):
     """Momentum, weight decay, clipping and the running average all on."""
@@ -107,6 +108,7 @@ def test_the_norm_that_is_clipped_is_of_the_trainable_part():
     assert updates["b"]["kernel"] is None
 
 
+@pytest.mark.slow
 def test_multipliers_scale_the_steps(tiny: Config, dataset: ImageDataset):
     config = edit(tiny, optim={"learning_rate": 0.1}, model={"dropout": 0.0})
     whole, _ = run(config, dataset, 1)
@@ -126,6 +128,7 @@ def flops(function, *arguments) -> float:
     return analysis["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "least"),
     [
@@ -238,6 +241,7 @@ def test_dropout_and_norms_go_with_the_module_that_they_are_in(
     assert np.array_equal(*means) != moves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"ema_decay": 0.5}, {"lookahead_steps": 2}])
 def test_the_average_of_what_a_phase_unfreezes_starts_from_its_value(
     tiny: Config, dataset: ImageDataset, settings: dict
@@ -256,6 +260,7 @@ def test_the_average_of_what_a_phase_unfreezes_starts_from_its_value(
     assert not np.array_equal(leaves(state.params)["fc1/kernel"], before["fc1/kernel"])
 
 
+@pytest.mark.slow
 def test_a_stage_of_a_residual_network_is_frozen_by_its_pattern(
     tiny: Config, dataset: ImageDataset
 ):
@@ -272,12 +277,14 @@ def test_a_stage_of_a_residual_network_is_frozen_by_its_pattern(
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_a_residual_network_learns(tiny: Config, dataset: ImageDataset):
     config = edit(replace(tiny, model=RESNET), optim={"learning_rate": 0.05})
     _, losses = run(config, dataset, 30)
     assert losses[-3:].mean() < 0.3 * losses[:3].mean()
 
 
+@pytest.mark.slow
 def test_a_schedule_that_ends_early_is_gone_through_by_then(tiny: Config, dataset: ImageDataset):
     """Three steps an epoch: 2 (1 - s / 6) instead of 1 - s / 12; then the bias is frozen."""
     groups = (("fc1/bias", ((0, 2.0), (2, 0.0))), (".*", 1.0))

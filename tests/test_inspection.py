@@ -204,6 +204,7 @@ def test_outputs_inside_a_transformed_module_and_of_a_layer_called_twice():
 # --- replaced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, VGG])
 def test_any_output_can_be_replaced_by_itself_and_what_is_before_it_is_not_run(config):
     model = models.build(config, 3)
@@ -358,6 +359,7 @@ def test_the_cut_is_as_late_as_can_be(config: ModelConfig, pattern: str, expecte
     assert cut(models.build(config, 3), pattern) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "pattern"),
     [(VGG, "(fc.|head)/.*"), (SMALL, "(stage2/block1/conv2|stage2/block2|head)/.*")],

@@ -113,6 +113,7 @@ def test_an_unknown_choice_is_refused():
         pass
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_are_traced_as_the_config_says(
     tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -134,6 +135,7 @@ def test_training_and_evaluation_are_traced_as_the_config_says(
     assert seen == {("xla", "highest")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["cpu", "xla"])
 def test_on_a_cpu_the_highest_precision_gives_the_same_bits(
     tiny: Config, dataset: ImageDataset, choice: str
@@ -281,6 +283,7 @@ def test_conv_and_its_gradients_equal_those_of_lax(n, size, n_in, window, n_out,
     assert_laxs(fast, plain, *arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "n_in", "padding"),
     [
@@ -479,6 +482,7 @@ def test_a_pool_follows_any_convolution(relu: bool):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("side", [8, 33])
 def test_conv_with_relu_and_pool_of_bfloat16_is_as_exact_as_its_format(side: int, pool: bool):
@@ -508,6 +512,7 @@ def test_conv_with_relu_of_bfloat16_and_few_channels_rounds_its_results_alone():
         assert_close(actual.astype(jnp.float32), expected, 2**-7)
 
 
+@pytest.mark.slow
 @pytest.mark.xla
 @pytest.mark.parametrize(("side", "n_transposed"), [(32, 4), (30, 16)])
 def test_the_loops_with_relu_and_pool_move_the_bits_of_bfloat16_and_multiply_what_is_needed(
@@ -568,6 +573,7 @@ DEPTHWISE = list(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "window", "padding"), DEPTHWISE)
 def test_depthwise_convolutions_and_their_gradients_equal_those_of_lax(size, window, padding):
     shape, strides = window
@@ -665,6 +671,7 @@ def test_pool_and_its_gradient_equal_those_of_linen(size, window, padding):
         assert_close(dx, gradient, 1e-6)
 
 
+@pytest.mark.slow
 def test_pool_of_xla_is_one_operation_without_a_gradient_and_has_forward_derivatives():
     """So it can be exported, and differentiated in both directions."""
     x, dx = normal(0, 2, 5, 6, 3), normal(1, 2, 5, 6, 3)
@@ -714,6 +721,7 @@ def test_pool_keeps_the_type_and_passes_nan_on():
 # Dense products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (6, 80), (6, 1100)])
 def test_dense_products_of_bfloat16_have_the_gradients_of_float32(shape: tuple[int, ...]):
     """That of the kernel is not even rounded."""
@@ -773,6 +781,7 @@ def loss(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.sum(kernels.max_pool(fast_conv(y, kernel, (1, 1), "SAME")) ** 2)
 
 
+@pytest.mark.slow
 def test_gradients_inside_scan_are_those_outside():
     kernel, batches = normal(0, 3, 3, 16, 16), normal(1, 3, 2, 8, 8, 16)
     _, scanned = jax.jit(lambda k, xs: lax.scan(lambda k, x: (k, jax.grad(loss)(k, x)), k, xs))(
@@ -782,6 +791,7 @@ def test_gradients_inside_scan_are_those_outside():
         assert_close(gradient, jax.jit(jax.grad(loss))(kernel, x), 1e-6)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_float32_are_those_of_lax():
     kernel, x, direction = normal(0, 3, 3, 16, 16), normal(1, 2, 8, 8, 16), normal(2, 3, 3, 16, 16)
 
@@ -802,6 +812,7 @@ def test_forward_mode_is_left_to_xlas_kernels():
         jax.jvp(loss, (kernel, x), (kernel, x))
 
 
+@pytest.mark.slow
 def test_gradients_under_vmap_are_those_of_each():
     stacked, batches = normal(0, 3, 3, 3, 16, 16), normal(1, 3, 2, 8, 8, 16)
     mapped = jax.jit(jax.vmap(jax.grad(loss)))(stacked, batches)
@@ -835,6 +846,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILIES, ids=lambda model: model.name)
 def test_a_network_trains_with_either_kernels(model: ModelConfig):
     """To the same losses and parameters, over 20 steps in which the loss falls by 40% or more.

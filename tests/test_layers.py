@@ -213,6 +213,7 @@ FUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_in", "conv", "choice"), FUSED)
 def test_conv_then_pool_is_the_same_in_training_and_evaluation(n_in: int, conv: dict, choice: str):
     x = jnp.round(normal(0, 3, 9, 10, n_in))

@@ -23,6 +23,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -88,6 +89,7 @@ def test_summary_shows_the_group_of_every_parameter(tmp_path: Path):
     assert line.endswith(": cf/.*")
 
 
+@pytest.mark.slow
 def test_a_workdir_holds_what_the_readme_says(trained: Path):
     names = {path.name for path in (trained / "run").iterdir()}
     assert {"config.json", "metrics.jsonl", "summary.json", "report.html"} <= names

@@ -20,6 +20,7 @@ from cnn_jax.step import Setup, init_state, train_segment
 EIGHT = virtual_devices(8)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(tmp_path: Path):
     """Dropout and augmentation included: random bits do not depend on where they are used.
 
@@ -38,6 +39,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path: Path):
     np.testing.assert_allclose(eight["test_loss"], one["test_loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_device_is_read_by_eight(tmp_path: Path):
     assert command(*SMALL, "--workdir=run", cwd=tmp_path, **ONE_DEVICE).returncode == 0
     result = command("--mode=evaluate", "--workdir=run", cwd=tmp_path, **EIGHT)
@@ -98,6 +100,7 @@ def shares() -> None:
     print("f32[16,16]" in summed, "f32[28,16]" in summed, "f32[145,16]" in summed)
 
 
+@pytest.mark.slow
 @pytest.mark.xla
 def test_each_device_computes_its_share_and_no_more():
     """And of a convolution, the gradients of kernel and bias are summed as one array."""
@@ -132,6 +135,7 @@ def dense() -> None:
         print(kernels.matmul(jnp.ones((6, 600), dtype), jnp.ones((600, 512)))[0, 0])
 
 
+@pytest.mark.slow
 def test_dense_layers_are_divided_by_inputs_if_large_or_else_by_images():
     assert on_devices(dense) == [
         "(2, 512) (16, 75) (75, 512)",
@@ -151,6 +155,7 @@ def parts() -> None:
     print([n for n in (2, 4, 16, 32) if f"f32[{n},32,32,16]" in text])
 
 
+@pytest.mark.slow
 @pytest.mark.xla
 def test_parts_of_a_batch_are_spread_over_the_devices():
     """As XLA's own convolutions, of which it would else give every device all."""

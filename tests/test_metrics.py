@@ -115,6 +115,7 @@ def test_wilson_s_interval():
     assert (low, high) == (pytest.approx(1 - 0.1611, abs=5e-5), 1.0)
 
 
+@pytest.mark.slow
 def test_bootstrap_intervals_cover_the_true_value_19_times_in_20():
     """Of test sets of 200 images with a true recall of 0.7 in each of three classes."""
     rng = np.random.default_rng(1)

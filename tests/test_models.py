@@ -83,6 +83,7 @@ def test_flops_are_two_for_each_multiplication():
     assert by_name["pool"] == 0
 
 
+@pytest.mark.slow
 def test_kernels_start_glorot_uniform_and_biases_at_zero():
     params = models.build(SMALL, 10).init(jax.random.key(0), IMAGES)["params"]
     for name, leaf in trees.named_leaves(params).items():
@@ -200,6 +201,7 @@ def test_forward_equals_the_network_written_out(name, function, train: bool):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pooling", "at_once"), [("max", 3), ("average", 3), ("stride", 1)])
 def test_training_computes_at_once_what_evaluation_does_layer_by_layer(pooling: str, at_once: int):
     config = ModelConfig(name="vgg", blocks=((16, 16), (16,)), dense=(16,), pooling=pooling)
@@ -229,6 +231,7 @@ def test_dropout_acts_in_training_only_and_follows_its_key():
     assert not np.array_equal(apply(1), plain)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
     config = ModelConfig(name="vgg", blocks=SMALL.blocks, dense=SMALL.dense, dtype="bfloat16")
     model = models.build(config, 10)
@@ -398,6 +401,7 @@ def resnet_by_hand(variables: dict, train: bool) -> np.ndarray:
     return x.mean((1, 2)) @ np.asarray(head["kernel"]) + np.reshape(head["bias"], (1, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_resnet_equals_the_network_written_out(train: bool):
     model = models.build(RESNET, 10)
@@ -587,6 +591,7 @@ def test_airbench_refuses_images_that_its_pools_would_use_up():
         rows(AIRBENCH, (12, 14, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

@@ -33,6 +33,7 @@ def wait(processes: list[Command]) -> list[tuple[int, str, str]]:
     return [(process.end(), process.stdout, process.stderr) for process in processes]
 
 
+@pytest.mark.slow
 def test_two_processes_are_stopped_resume_and_agree_with_one(tmp_path: Path):
     one = start(*RUN, cwd=tmp_path, JAX_NUM_CPU_DEVICES="1")
     assert wait([one])[0][0] == 0
@@ -60,6 +61,7 @@ def test_two_processes_are_stopped_resume_and_agree_with_one(tmp_path: Path):
     np.testing.assert_allclose(together["test_loss"], alone["test_loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_start_from_another_run(tmp_path: Path):
     """The main process alone reads the checkpoint; the other one has none."""
     assert wait([start(*RUN, cwd=tmp_path)])[0][0] == 0

@@ -107,6 +107,7 @@ def test_the_scale_of_the_gradient_has_no_effect(tiny: Config, dataset: ImageDat
     np.testing.assert_allclose(small["kernel"], large["kernel"], rtol=0.02, atol=0.01)
 
 
+@pytest.mark.slow
 def test_kernels_are_renormalised_before_the_step(tiny: Config, dataset: ImageDataset):
     """The gradient is that of the kernels as they were."""
     config = no_dropout(edit(tiny, optim={"name": "sgd"}))
@@ -151,6 +152,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_state(tiny: Config, datas
         assert np.array_equal(leaf, before[name]) == frozen, name
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_step_of_the_whole_batch(tiny: Config, dataset: ImageDataset):
     config = no_dropout(edit(tiny, optim={"name": "muon", "learning_rate": 0.02}))
     whole, _ = run(config, dataset, 1)
@@ -159,6 +161,7 @@ def test_accumulation_gives_the_step_of_the_whole_batch(tiny: Config, dataset: I
         np.testing.assert_allclose(leaves(parts.params)[name], leaf, atol=2e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_bits(
     tiny: Config, dataset: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -184,6 +187,7 @@ def test_find_rate_finds_one(tiny: Config, dataset: ImageDataset, workdir: Path)
     assert 1e-4 < found.suggested < 1
 
 
+@pytest.mark.slow
 def test_muon_learns(tiny: Config, dataset: ImageDataset):
     config = no_dropout(edit(tiny, optim={"name": "muon", "learning_rate": 0.05}))
     _, seen = run(config, dataset, 20)

@@ -109,6 +109,7 @@ def test_a_notebook_uses_names_that_exist(path: Path):
     assert [use for use in used if not hasattr(modules[use[0]], use[1])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RUNS)
 @pytest.mark.filterwarnings("default")  # The libraries that run notebooks warn.
 def test_a_notebook_runs_and_prints_the_results_as_committed(

@@ -11,6 +11,7 @@ from cnn_jax import configs
 from experiments import pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", pages.pages(), ids=lambda path: path.stem)
 def test_tables_are_those_of_the_results(page: Path):
     text = page.read_text()
@@ -23,11 +24,13 @@ def test_every_table_has_one_place():
     assert texts.count("<!-- /table -->") == len(pages.TABLES)
 
 
+@pytest.mark.slow
 def test_the_networks_are_all_that_have_a_config():
     named = re.findall(r"^\| `(\w+)`", pages.networks(), re.MULTILINE)
     assert named == [name for name in configs.CONFIGS if not name.startswith("finetune")]
 
 
+@pytest.mark.slow
 def test_a_changed_result_changes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(pages.EXPERIMENTS / "chapter", tmp_path / "chapter")
     path = tmp_path / "chapter" / "results.csv"

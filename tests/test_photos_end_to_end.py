@@ -48,6 +48,7 @@ RUN = (
 )
 
 
+@pytest.mark.slow
 def test_own_photos_in_one_command(cwd: Path):
     result = command(*RUN, "--workdir=run", cwd=cwd)
     assert result.returncode == 0, result.stderr
@@ -68,6 +69,7 @@ def test_own_photos_in_one_command(cwd: Path):
     assert re.fullmatch(r"photos/blue/0.jpg: (blue|green|red) \(\d+\.\d%\)\n", predicted.stdout)
 
 
+@pytest.mark.slow
 def test_the_worst_mistakes_are_listed_by_file(cwd: Path):
     """A green photo lies among the red ones of the test part."""
     folder = cwd / "swapped"
@@ -86,6 +88,7 @@ def test_the_worst_mistakes_are_listed_by_file(cwd: Path):
     assert re.fullmatch(r"  test/red/0.jpg: red, predicted green \(\d+\.\d%\)", listed[0])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_refused_for_changed_photos(cwd: Path):
     shutil.copytree(cwd / "photos", cwd / "album")
     run = [argument.replace("photos", "album") for argument in RUN]
@@ -105,6 +108,7 @@ def test_a_folder_without_a_name_or_a_checkpoint_says_what_to_set(cwd: Path):
     assert "runs/vgg3" in refuse(*RUN[:3], cwd=cwd)
 
 
+@pytest.mark.slow
 def test_labels_from_a_file_and_a_test_part_that_lacks_a_class(cwd: Path):
     lines = ["path,label,split"]
     for name in COLOURS:

@@ -41,6 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_line_a_photo(trained: Path):
     line = r"photos/a.png: \d \(\d+\.\d%\)\n"
     ended = finish(*RUN, "photos/a.png", cwd=trained)

@@ -62,6 +62,7 @@ def start_from(config: Config, workdir: Path, *skip: str) -> Config:
     return replace(config, seed=5, init=InitConfig(checkpoint=str(workdir), skip=skip))
 
 
+@pytest.mark.slow
 def test_all_but_what_is_skipped_is_loaded(tiny: Config, dataset: ImageDataset, source: Path):
     fresh = leaves(initial(replace(tiny, seed=5), dataset).params)
     summary = json.loads((source / "summary.json").read_text())
@@ -93,6 +94,7 @@ def test_averaged_parameters_start_there_too(tiny: Config, dataset: ImageDataset
     assert trees.sha256(state.average["params"]) == trees.sha256(state.params)
 
 
+@pytest.mark.slow
 def test_what_differs_is_an_error_that_lists_both_sides(
     tiny: Config, dataset: ImageDataset, source: Path
 ):
@@ -174,6 +176,7 @@ def test_a_checkpoint_that_is_not_there_is_one_line(tiny: Config, tmp_path: Path
         pretrained.adopt(start_from(tiny, tmp_path / "gone"))
 
 
+@pytest.mark.slow
 def test_phases_train_what_they_name_and_keep_velocities(
     tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
 ):
@@ -215,6 +218,7 @@ def test_phases_train_what_they_name_and_keep_velocities(
         assert step == 0 or any(np.any(before[name]) for name in kept)
 
 
+@pytest.mark.slow
 def test_adam_corrects_its_averages_for_the_steps_a_parameter_has_seen(
     tiny: Config, dataset: ImageDataset
 ):
@@ -227,6 +231,7 @@ def test_adam_corrects_its_averages_for_the_steps_a_parameter_has_seen(
     assert 0.009 < moved.max() < 0.0101
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["momentum", "adam"])
 @pytest.mark.parametrize("stop_at", [3, 4, 6])
 def test_phases_resume_bitwise(
@@ -242,6 +247,7 @@ def test_phases_resume_bitwise(
     assert trees.sha256(fit(config, dataset, cut).state) == trees.sha256(expected)
 
 
+@pytest.mark.slow
 def test_the_best_of_an_earlier_phase_is_returned(
     tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch
 ):

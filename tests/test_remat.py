@@ -49,6 +49,7 @@ def temporary_bytes(config: Config, dataset: ImageDataset) -> int:
     return found.temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILIES, ids=lambda model: model.name)
 def test_results_are_the_same_to_rounding(tiny: Config, model: ModelConfig):
     """Losses, parameters and batch statistics after four steps of two epochs.
@@ -68,6 +69,7 @@ def test_results_are_the_same_to_rounding(tiny: Config, model: ModelConfig):
         np.testing.assert_allclose(ours[name], array, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_it_takes_less_memory(tiny: Config):
     """Of eight blocks of one size, the layers of one are in memory at a time: 11.5 and 20.3 MB."""
     model = replace(RESNET, blocks=((8,) * 8,))
@@ -94,6 +96,7 @@ def test_blocks_hold_layers_and_are_no_layers(model: ModelConfig, expected: set[
     assert inspection.blocks(models.build(model, 3), (SIDE, SIDE, 3)) == expected
 
 
+@pytest.mark.slow
 def test_frozen_blocks_stay_as_in_evaluation(tiny: Config):
     """BatchNorm's statistics in them do not change, with and without."""
     config = edit(replace(tiny, model=RESNET), optim={"groups": HEAD})

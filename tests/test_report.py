@@ -302,6 +302,7 @@ def test_grad_cam_uses_the_last_maps_of_the_last_convolutions_size(
     assert saliency.last_maps(run.predictor) == layer
 
 
+@pytest.mark.slow
 def test_training_views_are_what_the_network_was_trained_on(
     tiny: Config, dataset: ImageDataset, logits: np.ndarray
 ):
@@ -336,6 +337,7 @@ def test_training_images_are_drawn_class_by_class():
     np.testing.assert_array_equal(figures._of_each_class(labels, 2), [2, 4, 0, 5, 1])
 
 
+@pytest.mark.slow
 def test_feature_maps_are_what_layers_return(
     tiny: Config, dataset: ImageDataset, logits: np.ndarray, tmp_path: Path
 ):
@@ -417,6 +419,7 @@ def test_the_command_of_a_config_made_in_python_names_its_file(tiny: Config, tmp
     assert (request.config, request.workdir) == (tiny, workdir)
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_report_work_where_they_are_pasted(tmp_path: Path):
     """In another folder, without the environment in which the run was started."""
     (tmp_path / "my runs").mkdir()
@@ -451,6 +454,7 @@ def test_fields_that_differ_from_the_named_config_are_highlighted(
     assert marked == [("model.blocks", "[[4]]"), ("train.epochs", "7")]
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_once_and_writes_its_report_before_its_summary(
     tiny: Config, dataset: ImageDataset, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -504,6 +508,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_what_was_there(
         assert not list(disk.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_for_a_finished_run(tmp_path: Path):
     finish(*SMALL, "--augment.translate=1", "--workdir=run", cwd=tmp_path)
     before = (tmp_path / "run/report.html").read_text()
@@ -522,6 +527,7 @@ def test_figures_are_drawn_for_a_finished_run(tmp_path: Path):
     assert "run is not finished" in refuse("--mode=figures", "--workdir=run", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_suggested_learning_rate_is_printed_as_a_flag(tmp_path: Path):
     found = finish(*SMALL, "--mode=find_rate", "--workdir=rate", cwd=tmp_path).stdout
     flag = re.search(r"suggested: (--optim.learning_rate=[\d.e-]+)$", found, re.MULTILINE)

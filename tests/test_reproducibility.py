@@ -32,21 +32,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd / "run"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_bits(whole: Path, tmp_path: Path):
     assert command(*RUN, "--workdir=run", cwd=tmp_path).returncode == 0
     assert result(tmp_path / "run") == result(whole)
 
 
+@pytest.mark.slow
 def test_another_segment_length_gives_the_same_bits(whole: Path, tmp_path: Path):
     finish(*SMALL, "--runtime.segment_steps=5", "--workdir=run", cwd=tmp_path)
     assert result(tmp_path / "run") == result(whole)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_bits(whole: Path, tmp_path: Path):
     finish(*RUN, "--seed=1", "--workdir=run", cwd=tmp_path)
     assert result(tmp_path / "run")[0] != result(whole)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_says_how_to_resume_and_resumes(
     whole: Path, tmp_path: Path, signum: int, code: int
@@ -75,6 +79,7 @@ ALTERNATING = {
 
 
 # In the middle of an epoch, and at the end of one.
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [(2, 3), pytest.param((1, 4, 5), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("changes", [AVERAGED, ALTERNATING], ids=["averaged", "alternating"])
 def test_a_stop_after_any_step_changes_no_bit(
@@ -100,6 +105,7 @@ def test_a_stop_after_any_step_changes_no_bit(
         assert trained(cut) == expected
 
 
+@pytest.mark.slow
 def test_a_progress_bar_changes_no_bit(whole: Path, tmp_path: Path):
     """With a pseudo-terminal as standard output, on which the bar is drawn."""
     ours, theirs = os.openpty()
@@ -119,6 +125,7 @@ def test_a_progress_bar_changes_no_bit(whole: Path, tmp_path: Path):
     assert result(tmp_path / "run") == result(whole)
 
 
+@pytest.mark.slow
 def test_a_cold_data_cache_changes_no_bit(whole: Path, tmp_path: Path):
     """The first run decodes and fills the cache, the second one reads it."""
     for name in ("cold", "warm"):
@@ -129,6 +136,7 @@ def test_a_cold_data_cache_changes_no_bit(whole: Path, tmp_path: Path):
         assert result(tmp_path / name) == result(whole)
 
 
+@pytest.mark.slow
 def test_verify_reproduces_the_bits(whole: Path, tmp_path: Path):
     before = sorted(whole.rglob("*"))
     verified = command("--mode=verify", "--workdir=run", cwd=whole.parent, TMPDIR=str(tmp_path))
@@ -148,6 +156,7 @@ def edited(whole: Path, cwd: Path, change: Callable[[dict], None]) -> Path:
     return cwd
 
 
+@pytest.mark.slow
 def test_verify_names_the_versions_and_devices_that_differ(whole: Path, tmp_path: Path):
     def change(summary: dict) -> None:
         summary["params_sha256"] = "0" * 64

@@ -29,6 +29,7 @@ def printed(found: dict) -> list[str]:
     return console.file.getvalue().splitlines()  # pyright: ignore
 
 
+@pytest.mark.slow
 def test_the_summary_has_every_figure_and_the_terminal_says_them(
     tiny: Config, dataset: ImageDataset, workdir: Path
 ):
@@ -77,6 +78,7 @@ def averaging(tiny: Config) -> Config:
     return no_dropout(edit(tiny, train=train, optim={"name": "adam", "learning_rate": 0.01}))
 
 
+@pytest.mark.slow
 def test_the_average_of_a_short_run_is_not_its_start(
     averaging: Config, dataset: ImageDataset, workdir: Path
 ):
@@ -85,6 +87,7 @@ def test_the_average_of_a_short_run_is_not_its_start(
     assert not any("ema_decay" in line for line in found["warnings"])
 
 
+@pytest.mark.slow
 def test_an_average_that_lags_behind_is_a_warning(
     averaging: Config, dataset: ImageDataset, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -106,6 +109,7 @@ def test_an_average_that_lags_behind_is_a_warning(
 DIVERGING = ("--optim.learning_rate=1e18", "--train.skip_nonfinite=true", "--workdir=run")
 
 
+@pytest.mark.slow
 def test_a_result_that_is_not_finite_is_an_error(tmp_path: Path):
     """After the first step the parameters are finite and too large; all others are skipped."""
     for _ in range(2):  # The same command again says the same.
@@ -116,6 +120,7 @@ def test_a_result_that_is_not_finite_is_an_error(tmp_path: Path):
         assert not (tmp_path / "run/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_part_of_the_result(tmp_path: Path):
     """A loss of one's own that is not finite on every second batch or so."""
     (tmp_path / "own.py").write_text(
@@ -133,6 +138,7 @@ def test_skipped_steps_are_part_of_the_result(tmp_path: Path):
     assert f"warning: {skipped} of 14 steps were skipped because their loss or gradient" in out
 
 
+@pytest.mark.slow
 def test_few_skipped_steps_are_no_warning(tiny: Config, dataset: ImageDataset, workdir: Path):
     found = train_run(tiny, dataset, workdir)
     line, *_ = printed({**found, "skipped_steps": 1})
@@ -151,6 +157,7 @@ def test_the_result_of_an_older_version_is_one_line(
     assert several[-1] == "2 seeds: test accuracy 50.00%, standard deviation 10.00%"
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_finite_answers_nothing(tmp_path: Path):
     """As a run that an older version reported on may be: its class would be the first one."""
     small = (*SMALL, "--train.epochs=1")

@@ -111,6 +111,7 @@ def test_a_workdir_that_cannot_be_made_is_one_line(tiny: Config, workdir: Path):
         pass
 
 
+@pytest.mark.slow
 def test_summary_says_what_was_run(tiny: Config, dataset: ImageDataset, workdir: Path):
     found = train_run(tiny, dataset, workdir)
     assert found == outcome.read(workdir)
@@ -147,6 +148,7 @@ def test_the_test_set_is_evaluated_once(
     assert seen == ["validation", "validation", "test", "validation"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_a_loaded_predictor_gives_the_reported_result(
     tiny: Config, dataset: ImageDataset, workdir: Path, ema_decay: float
@@ -162,6 +164,7 @@ def test_a_loaded_predictor_gives_the_reported_result(
     assert accuracy == found["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_views_at_test_time_count_everywhere_and_the_plain_accuracy_stands_beside(
     tiny: Config, dataset: ImageDataset, workdir: Path
 ):
@@ -178,6 +181,7 @@ def test_views_at_test_time_count_everywhere_and_the_plain_accuracy_stands_besid
         assert same == (name == "test_accuracy")
 
 
+@pytest.mark.slow
 def test_early_stopping_reports_on_the_best(tiny: Config, dataset: ImageDataset, workdir: Path):
     config = edit(tiny, train={"patience": 1, "epochs": 6})
     found = train_run(config, dataset, workdir)

@@ -46,6 +46,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd
 
 
+@pytest.mark.slow
 def test_each_seed_has_the_bits_of_its_single_run(alone: list, together: Path):
     assert results(*seeds_in(together)) == alone
     assert len({sha256 for sha256, *_ in alone}) == 3
@@ -68,6 +69,7 @@ def test_a_folder_of_several_seeds_names_one_for_the_other_modes(together: Path)
         )
 
 
+@pytest.mark.slow
 def test_a_rerun_is_finished_and_more_seeds_are_added(together: Path):
     before = [(path / "summary.json").stat().st_mtime_ns for path in seeds_in(together)]
     rerun = finish(*THREE_SEEDS, cwd=together)
@@ -78,12 +80,14 @@ def test_a_rerun_is_finished_and_more_seeds_are_added(together: Path):
     assert [(path / "summary.json").stat().st_mtime_ns for path in seeds_in(together)] == before
 
 
+@pytest.mark.slow
 def test_several_seeds_do_not_go_into_the_folder_of_one_run(tmp_path: Path):
     finish(*SMALL, "--seed=3", "--workdir=seeds", cwd=tmp_path)
     line = refuse(*THREE_SEEDS, cwd=tmp_path)
     assert line == "seeds holds a single run; choose another --workdir for seeds"
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_seeds_and_the_same_command_resumes(alone: list, tmp_path: Path):
     process = start(*THREE_SEEDS, STEP_BY_STEP, cwd=tmp_path)
     metrics = seeds_in(tmp_path)[1] / "metrics.jsonl"
@@ -114,6 +118,7 @@ def compilations(workdir: str) -> None:
     print([n for name, n in compiled.items() if "train_segment" in name])
 
 
+@pytest.mark.slow
 def test_all_seeds_share_one_compilation(tmp_path: Path):
     start_time = time.monotonic()
     assert on_devices(compilations, str(tmp_path / "run"), n=1)[-1] == "[1]"

@@ -35,6 +35,7 @@ def test_the_order_is_a_function_of_key_and_epoch():
     assert not np.array_equal(order(0, 1), order(1, 1))
 
 
+@pytest.mark.slow
 def test_a_segment_equals_plain_momentum_sgd_written_out(tiny: Config, dataset: ImageDataset):
     config = no_dropout(edit(tiny, optim={"learning_rate": 0.1}))
     state, seen = run(config, dataset, 4)
@@ -139,6 +140,7 @@ def normed(config: Config) -> Config:
     return edit(config, model=model)
 
 
+@pytest.mark.slow
 def test_lookahead_goes_on_from_the_average_and_evaluates_it(tiny: Config, dataset: ImageDataset):
     """0.95^2 (2 / 6)^3 of the start stays after two of six steps, running statistics included."""
 
@@ -165,6 +167,7 @@ def test_lookahead_goes_on_from_the_average_and_evaluates_it(tiny: Config, datas
         assert not np.array_equal(three[name], two[name]), name
 
 
+@pytest.mark.slow
 def test_what_a_phase_freezes_keeps_its_last_value_not_its_average(
     tiny: Config, dataset: ImageDataset
 ):
@@ -196,6 +199,7 @@ def test_batch_norm_sees_other_examples_as_padding_not_one_again_and_again(
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_alternating_flip_is_drawn_by_example_and_turns_with_the_epoch(
     tiny: Config, dataset: ImageDataset, monkeypatch
 ):
@@ -238,6 +242,7 @@ def test_seeds_change_the_run(tiny: Config, dataset: ImageDataset):
     assert one == again != two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_stay_float32(tiny: Config, dataset: ImageDataset, dtype: str):
     state, _ = run(edit(tiny, model={"dtype": dtype}), dataset, 1)
@@ -257,6 +262,7 @@ def test_a_batch_larger_than_the_set_is_padded(tiny: Config, dataset: ImageDatas
     assert float(state.epoch_sums.count) == 22
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("groups", [(), ((".*", ((0, 1.0), (1, 1.0))),)])
 def test_a_step_has_its_own_rate_however_many_were_skipped_before(
@@ -277,6 +283,7 @@ def test_a_step_has_its_own_rate_however_many_were_skipped_before(
     np.testing.assert_allclose(moved(4), moved(0) / 3, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_skipping_changes_nothing_where_all_is_finite(tiny: Config, dataset: ImageDataset):
     plain, _ = run(tiny, dataset, 6)
     skipping, _ = run(edit(tiny, train={"skip_nonfinite": True}), dataset, 6)
@@ -300,6 +307,7 @@ def test_optax_updates_are_what_the_state_keeps(tiny: Config, dataset: ImageData
     assert trees.param_count(velocities) == trees.param_count(state.params)
 
 
+@pytest.mark.slow
 @pytest.mark.xla
 def test_no_parameter_is_copied_in_a_step(tiny: Config, dataset: ImageDataset):
     """XLA updates them where they lie, although the backward pass reads them too."""

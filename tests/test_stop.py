@@ -68,6 +68,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_repeat_is_one_request_and_a_later_signal_leaves_at_once():
     start = time.monotonic()
     left = subprocess.run([sys.executable, "-c", TWO_SIGNALS], capture_output=True, text=True)
@@ -134,6 +135,7 @@ command.guarded(main)
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_xla_compiles_ends_at_once_and_in_order():
     process = subprocess.Popen(
         [sys.executable, "-c", COMPILING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

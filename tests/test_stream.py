@@ -256,6 +256,7 @@ def random_order(n_images: int, steps: int = 6, batch: int = 4) -> np.ndarray:
     return np.random.default_rng(0).integers(0, n_images, (steps, batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_in_order_from_any_step_on(load: Load, workers: int) -> None:
     images = load().train.images
@@ -273,6 +274,7 @@ def test_batches_come_in_order_from_any_step_on(load: Load, workers: int) -> Non
         reader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_photo_ends_a_stream_or_is_counted(
     load: Load, photos: Path, workers: int, warned: list[str]
@@ -300,6 +302,7 @@ def test_a_broken_photo_ends_a_stream_or_is_counted(
     assert warned[1].endswith("; another photo of its class replaces it")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_line(load: Load) -> None:
     images = load().train.images
     assert isinstance(images, LazyImages)
@@ -333,6 +336,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed(photos: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(photos)]
     output = photos.parent / "output"  # A pipe would be open for as long as the worker lives.
@@ -382,6 +386,7 @@ def streamed_config(photos: Path, **sections: Any) -> Config:
     return edit(config, **sections)
 
 
+@pytest.mark.slow
 def test_training_on_a_stream_gives_the_bits_of_memory(load: Load, photos: Path) -> None:
     config = streamed_config(photos)
     runs = {}
@@ -404,6 +409,7 @@ def test_training_on_a_stream_gives_the_bits_of_memory(load: Load, photos: Path)
     assert runs["stream", 0]["replaced_photos"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_a_stream_resumes_in_mid_epoch(
     load: Load, photos: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -416,6 +422,7 @@ def test_a_stream_resumes_in_mid_epoch(
     assert trees.sha256(resumed) == trees.sha256(whole)
 
 
+@pytest.mark.slow
 def test_segments_of_a_stream_fit_into_a_chunk(
     load: Load, photos: Path, monkeypatch: pytest.MonkeyPatch, workdir: Path
 ) -> None:
@@ -430,6 +437,7 @@ def test_segments_of_a_stream_fit_into_a_chunk(
     assert Setup.of(config, held).config.runtime.segment_steps == 2
 
 
+@pytest.mark.slow
 def test_several_passes_an_epoch_and_an_order_of_their_own(
     load: Load, photos: Path, workdir: Path
 ) -> None:
@@ -442,6 +450,7 @@ def test_several_passes_an_epoch_and_an_order_of_their_own(
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.slow
 def test_frozen_outputs_of_streamed_photos_are_cached(
     load: Load, photos: Path, workdir: Path
 ) -> None:
@@ -454,6 +463,7 @@ def test_frozen_outputs_of_streamed_photos_are_cached(
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_found_on_a_stream(load: Load, photos: Path, workdir: Path) -> None:
     config = streamed_config(photos)
     curves = [
@@ -463,6 +473,7 @@ def test_a_learning_rate_is_found_on_a_stream(load: Load, photos: Path, workdir:
     np.testing.assert_array_equal(curves[0], curves[1])
 
 
+@pytest.mark.slow
 def test_a_photo_that_breaks_in_training_ends_the_run_in_one_line(photos: Path) -> None:
     """It is deleted in the first epoch, by a hook, and read again in the second."""
     (photos.parent / "own.py").write_text(
@@ -490,6 +501,7 @@ def test_a_photo_that_breaks_in_training_ends_the_run_in_one_line(photos: Path) 
     finish(*command, "--train.epochs=30", "--data.skip_broken=true", cwd=photos.parent)
 
 
+@pytest.mark.slow
 def test_replaced_photos_are_counted_in_the_summary(
     load: Load, photos: Path, workdir: Path, warned: list[str]
 ) -> None:
@@ -526,6 +538,7 @@ TWO_PROCESSES = (
 )
 
 
+@pytest.mark.slow
 def test_two_processes_read_disjoint_shards(load: Load, tmp_path: Path) -> None:
     """Each has half of every batch, and of what is evaluated; together they agree with one."""
     (tmp_path / "spy.py").write_text(SPY)
@@ -596,6 +609,7 @@ def note_read(moment):
 # A batch that is larger than the training set
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulate", "cut"), [(1, 22), (4, 24)])
 def test_a_batch_is_cut_to_the_training_set(
     tiny: Config,

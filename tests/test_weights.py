@@ -183,6 +183,7 @@ def random_file(name: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -212,6 +213,7 @@ def test_weights_for_photos_are_written_back_bit_for_bit(name: str, tmp_path: Pa
     assert trees.sha256(load_file(again)) == trees.sha256(load_file(path))
 
 
+@pytest.mark.slow
 def test_a_count_of_batches_is_ignored_and_other_widths_are_described(tmp_path: Path):
     config = ModelConfig(name="resnet18", blocks=((4,), (6, 6)), dense=())
     variables = models.build(config, 3).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
@@ -222,6 +224,7 @@ def test_a_count_of_batches_is_ignored_and_other_widths_are_described(tmp_path: 
     assert trees.sha256(weights.read(path)) == trees.sha256(dict(variables))
 
 
+@pytest.mark.slow
 def test_real_photos_give_timm_s_logits(shared_photos: Path, lite0_weights: Path):
     """ImageNet's EfficientNet-Lite0, from the files of weights and photos to the logits."""
     config = weights.describe(lite0_weights)

@@ -37,9 +37,10 @@ _choice = jax.make_user_context(default_value="auto")
 def use(choice: str, precision: str = "default") -> Iterator[None]:
     """Traces functions inside the block with these kernels.
 
-    "cpu" are the kernels of this package, "xla" are XLA's own operations (but for the gradient of
-    max pools), which run on every platform and, exported, for any batch size. "auto", the default,
-    is "cpu" where JAX's default backend is the CPU, else "xla".
+    "cpu" are the kernels of this package, "xla" are XLA's own operations, which run on every
+    platform and, exported, for any batch size; the README names the few that are put to XLA in
+    another way than usual, for GPUs. "auto", the default, is "cpu" where JAX's default backend is
+    the CPU, else "xla".
 
     `precision` is `model.precision`: "highest" asks for products of float32 that are not rounded to
     fewer bits; "default" leaves the choice to JAX, whose default on a GPU is TF32.
