@@ -8,8 +8,7 @@ from pathlib import Path
 # those marked gpu instead, which share it with whatever else is there.
 os.environ["JAX_PLATFORMS"] = "cuda,cpu" if os.environ.get("CNN_JAX_GPU") else "cpu"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Also read when JAX is imported. To optimise the programs of tests takes longer than to run
-# them; .ci/run repeats those of the kernels and of reproducibility with all optimisations.
+# Also read when JAX is imported. To optimise the programs of tests takes longer than to run them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax

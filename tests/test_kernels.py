@@ -564,13 +564,14 @@ def plain_depthwise(x: jax.Array, kernel: jax.Array, strides, padding) -> jax.Ar
     )
 
 
+# Half of all combinations, in which each two settings still meet.
 DEPTHWISE = list(
     product(
         [(8, 8), (7, 10)],
         [((3, 3), (1, 1)), ((3, 3), (2, 2)), ((5, 5), (1, 1)), ((5, 5), (2, 2)), ((2, 3), (1, 2))],
         ["SAME", "VALID", ((1, 0), (2, 1))],
     )
-)
+)[::2]
 
 
 @pytest.mark.slow

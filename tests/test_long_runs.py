@@ -24,7 +24,6 @@ def memory() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epochs", "saves"), [(200, 10), pytest.param(2000, 100, marks=pytest.mark.slow)]
 )
