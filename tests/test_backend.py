@@ -133,6 +133,7 @@ from cnn_jax import backend
 from cnn_jax.config import Config, RuntimeConfig
 backend._processor = lambda: "other"
 backend.set_up(Config(runtime=RuntimeConfig(cache_dir="CACHE")))
+assert 0 < jax.config.jax_compilation_cache_max_size <= 2 * 2**30
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_compilation_cache_max_size", 20_000)
 for n in range(2, 30):
