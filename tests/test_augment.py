@@ -178,7 +178,6 @@ def test_training_view_gives_each_change_a_key_of_its_own():
         random_crop=0.5, color=jitter, randaugment=(1, 5.0), erase=0.5, flip="random", cutout=3
     )
 
-    @jax.jit
     def composed(images: jax.Array) -> jax.Array:
         crop, color, operation, erase, _ = (jax.random.fold_in(KEY, i) for i in range(3, 8))
         seen = distort.random_resized_crop(images, crop, (16, 16), 0.5) / 255
@@ -187,9 +186,11 @@ def test_training_view_gives_each_change_a_key_of_its_own():
         mean, std = (jnp.array(x).reshape(1, 1, 1, 3) for x in SCALED.normalize)
         return augment.augment((seen - mean) / std, KEY, config)
 
-    # Solarizing jumps at a threshold, where the rounding of the steps before it decides.
-    off = np.abs(training_view(pictures, KEY, data, config) - composed(pictures)) > 1e-5
-    assert off.mean() < 0.01
+    # Operation by operation, as fusions round in other ways, and solarizing jumps at a threshold.
+    with jax.disable_jit():
+        np.testing.assert_allclose(
+            training_view(pictures, KEY, data, config), composed(pictures), atol=1e-5
+        )
 
 
 def test_no_two_changes_share_a_key():

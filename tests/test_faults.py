@@ -134,7 +134,8 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path):
     """Also from a segment of many seconds, in which the main thread runs no Python."""
     started = start(
         "--model.blocks=[[128,128]]",
-        "--train.batch_size=512",
+        "--train.batch_size=16",  # Gigabytes of a large one would be freed before the end.
+        "--runtime.segment_steps=90",
         "--train.epochs=99",
         "--workdir=run",
         cwd=tmp_path,
@@ -142,10 +143,10 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path):
     started.wait_for((tmp_path / "run/metrics.jsonl").exists)
     time.sleep(0.5)
     started.send(signal.SIGINT)
-    time.sleep(4)  # Within two seconds of when it is noticed, it would be a repeat.
+    time.sleep(3)  # Within two seconds of when it is noticed, it would be a repeat.
     assert started.running()
     started.send(signal.SIGINT)
-    assert started.end(seconds=10) == 130
+    assert started.end(seconds=1) == 130
     assert not any((tmp_path / "run/checkpoints/latest").iterdir())
 
 

@@ -75,8 +75,7 @@ def test_epochs_and_checkpoints_leave_nothing_behind(
         assert kept == [60 * (number - 1), 60 * number][-min(number, 2) :]
     early, late = saves // 5, saves - 1
     if saves >= 100:  # Fewer are over before the caches are full.
-        # What leaks adds up in every fifth of the run; an arena that fills up once does not.
-        assert np.diff(seen["memory"][early - 1 :: early]).min() < 2.5
+        assert seen["memory"][late] - seen["memory"][early] < 10
     for name in ("arrays", "threads"):
         assert seen[name][late] <= seen[name][early], name
     assert max(seen["files"]) < 4 * seen["files"][0]  # orbax splits a checkpoint as it likes
